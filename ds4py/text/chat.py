@@ -47,8 +47,7 @@ MAX_EFFORT = (
 )
 
 RESPONSE_FORMAT = (
-    "\n\n## Response Format:\n\n"
-    "You MUST strictly adhere to the following schema to reply:\n"
+    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 )
 
 _MARKUP_TOKEN = re.compile(f"({DSML}|{THINK}|{END_THINK})")

@@ -23,7 +23,8 @@ END_THINK = "</think>"
 DSML = "｜DSML｜"
 
 TASKS = {
-    task: f"<｜{task}｜>" for task in ("action", "query", "authority", "domain", "title", "read_url")
+    task: f"<｜{task}｜>"
+    for task in ("action", "query", "authority", "domain", "title", "read_url")
 }
 """Internal classification tasks: the value of a message's `task`, and the token it writes."""
 
