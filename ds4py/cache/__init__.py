@@ -1,0 +1,1 @@
+"""The state of a sequence: rows, what a step adds to them, and taking it or leaving it."""

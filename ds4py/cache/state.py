@@ -1,0 +1,170 @@
+"""The state of one sequence: window rows, compressed rows, and the frontier of every compressor.
+
+`model.step` reads it and returns a `Delta`; `SequenceState.commit` takes the first n positions of
+a delta. Nothing else writes. What a commit replaces is one immutable `Frontier`, so a reference to
+an old one is a checkpoint: `restore` goes back to it exactly, as long as the compressed rows below
+it are still this sequence's.
+
+Shapes: L layers, W window, r ratio, c overlap (2 for ratio 4, else 1), d row width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ds4py.cache.rows import RowStore
+from ds4py.config import LayerPlan, ModelConfig
+
+
+@dataclass(frozen=True)
+class Series:
+    """Compressors with the same shape, stacked over the layers that have them."""
+
+    name: str
+    ratio: int
+    overlap: int
+    width: int
+    layers: tuple[int, ...]
+    """Slots in the schedule, in order; row i of a stacked array belongs to layers[i]."""
+
+    @property
+    def history(self) -> int:
+        """Tokens whose values and scores the next row may still need: c*r - 1."""
+        return self.overlap * self.ratio - 1
+
+    def count(self, position: int) -> int:
+        """Complete rows after `position` tokens."""
+        return position // self.ratio
+
+
+def series_of(config: ModelConfig, plans: Sequence[LayerPlan]) -> tuple[Series, ...]:
+    """The compressor series of a schedule: attention rows per ratio, index rows for ratio 4."""
+    found: list[Series] = []
+    for ratio in sorted({plan.ratio for plan in plans if plan.compressed}):
+        members = [(i, plan) for i, plan in enumerate(plans) if plan.ratio == ratio]
+        layers, plan = tuple(i for i, _ in members), members[0][1]
+        found.append(Series(f"attn{ratio}", ratio, plan.overlap, config.head_dim, layers))
+        if plan.indexed:
+            found.append(
+                Series(f"index{ratio}", ratio, plan.overlap, config.index_head_dim, layers)
+            )
+    return tuple(found)
+
+
+@dataclass
+class LayerDelta:
+    """What one layer adds for S new tokens."""
+
+    window: mx.array
+    """[S, head_dim], rotated and rounded."""
+    values: dict[str, mx.array] = field(default_factory=dict)
+    """Per series: values and scores of the new tokens, [S, 2*c*d] float32 (scores include APE)."""
+    rows: dict[str, mx.array] = field(default_factory=dict)
+    """Per series: rows completed by the new tokens, [n, d]; absent when n is 0."""
+
+
+@dataclass
+class Delta:
+    """What one step would add to a state. Holding it changes nothing."""
+
+    n_tokens: int
+    layers: list[LayerDelta]
+    streams: mx.array
+    """[S, H, D] after the last layer, before the head: the draft layer's input."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Everything of a state that a commit replaces. Small, and independent of the position."""
+
+    position: int
+    """Tokens taken so far."""
+    window: mx.array
+    """The last W-1 rows of every layer, oldest first, [L, W-1, head_dim]."""
+    values: dict[str, mx.array]
+    """Per series: the last c*r - 1 tokens' values and scores, [layers, c*r - 1, 2*c*d] float32.
+    Before the sequence: value 0, score -inf."""
+
+    def arrays(self) -> list[mx.array]:
+        return [self.window, *self.values.values()]
+
+
+class SequenceState:
+    """The mutable state of one sequence. Not shared between threads."""
+
+    def __init__(self, config: ModelConfig, plans: Sequence[LayerPlan], dtype: mx.Dtype):
+        self.series = series_of(config, plans)
+        self.rows = {s.name: RowStore(len(s.layers), s.width, dtype) for s in self.series}
+        self.slot = {(s.name, layer): i for s in self.series for i, layer in enumerate(s.layers)}
+        self._window_shape = (len(plans), config.sliding_window - 1, config.head_dim)
+        self._dtype = dtype
+        self.frontier = self._empty()
+
+    def _empty(self) -> Frontier:
+        values = {}
+        for s in self.series:
+            half = (len(s.layers), s.history, s.overlap * s.width)
+            values[s.name] = mx.concatenate([mx.zeros(half), mx.full(half, -mx.inf)], axis=-1)
+        return Frontier(0, mx.zeros(self._window_shape, self._dtype), values)
+
+    @property
+    def position(self) -> int:
+        return self.frontier.position
+
+    def window(self, layer: int) -> mx.array:
+        """The last W-1 rows, [W-1, head_dim]."""
+        return self.frontier.window[layer]
+
+    def values(self, name: str, layer: int) -> mx.array:
+        """One compressor's history, [c*r - 1, 2*c*d]."""
+        return self.frontier.values[name][self.slot[name, layer]]
+
+    def committed_rows(self, name: str, layer: int) -> mx.array:
+        """One compressor's rows, [capacity, d]; only the first `count(position)` mean anything."""
+        return self.rows[name].data[self.slot[name, layer]]
+
+    def commit(self, delta: Delta, n_tokens: int) -> None:
+        """Take the first `n_tokens` positions of a delta made at this state's position."""
+        assert 0 <= n_tokens <= delta.n_tokens
+        if n_tokens == 0:
+            return
+        old = self.frontier
+        end = old.position + n_tokens
+        values = {}
+        for s in self.series:
+            parts = [delta.layers[layer] for layer in s.layers]
+            new = mx.stack([part.values[s.name][:n_tokens] for part in parts])
+            values[s.name] = _last(old.values[s.name], new, s.history)
+            n_rows = s.count(end) - s.count(old.position)
+            if n_rows:
+                rows = mx.stack([part.rows[s.name][:n_rows] for part in parts])
+                self.rows[s.name].write(s.count(old.position), rows)
+        window = mx.stack([part.window[:n_tokens] for part in delta.layers])
+        window = _last(old.window, window, old.window.shape[1])
+        self.frontier = Frontier(end, window, values)  # the one assignment that makes it real
+
+    def restore(self, frontier: Frontier) -> None:
+        """Go back to an earlier frontier of this same sequence."""
+        self.frontier = frontier
+
+    def reset(self) -> None:
+        """Back to the empty sequence."""
+        self.frontier = self._empty()
+
+    def arrays(self) -> list[mx.array]:
+        """All arrays, to be evaluated together so that no graph grows over steps."""
+        return [*self.frontier.arrays(), *(store.data for store in self.rows.values())]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays())
+
+
+def _last(old: mx.array, new: mx.array, n: int) -> mx.array:
+    """The last n entries of old followed by new, along axis 1."""
+    if new.shape[1] >= n:
+        return new[:, new.shape[1] - n :]
+    return mx.concatenate([old[:, new.shape[1] :], new], axis=1)

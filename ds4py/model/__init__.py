@@ -1,0 +1,1 @@
+"""The forward pass, one module per named part. Lazy: nothing here evaluates or does I/O."""

@@ -1,0 +1,57 @@
+"""The draft layer (MTP): from a position's streams and the next token, logits two tokens ahead.
+
+Position p combines the main model's streams X_p (before the head) with token p+1 and predicts
+token p+2. It has a window of its own and shares embedding and output head with the main model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ds4py.cache.state import Delta, SequenceState
+from ds4py.config import LayerPlan, ModelConfig
+from ds4py.kernels.dense import Dense, Weight
+from ds4py.kernels.norm import rms_norm
+from ds4py.model.block import Block
+from ds4py.model.hyper import HyperHead
+from ds4py.model.plan import Frequencies, StepPlan
+
+
+@dataclass(frozen=True)
+class DraftLayer:
+    """`mtp.0` of the checkpoint."""
+
+    config: ModelConfig
+    layer: LayerPlan
+    dense: Dense
+    dtype: mx.Dtype
+    freqs: Frequencies
+    embed: mx.array
+    e_proj: Weight
+    h_proj: Weight
+    enorm: mx.array
+    hnorm: mx.array
+    block: Block
+    hc_head: HyperHead
+    norm: mx.array
+    head: Weight
+
+    def new_state(self) -> SequenceState:
+        """The empty draft sequence; its position p holds the pair (X_p, token p+1)."""
+        return SequenceState(self.config, (self.layer,), self.dtype)
+
+    def step(
+        self, streams: mx.array, next_tokens: mx.array, state: SequenceState
+    ) -> tuple[mx.array, Delta]:
+        """streams [S, H, D] of positions p.., next_tokens [S] at p+1.. -> float32 logits for
+        p+2.. [S, V] and the delta, whose streams feed a further draft step."""
+        eps = self.config.rms_norm_eps
+        plan = StepPlan(self.config, self.freqs, state, next_tokens.shape[0])
+        e = self.dense.project(rms_norm(self.embed[next_tokens], self.enorm, eps), self.e_proj)[0]
+        h = self.dense.project(rms_norm(streams, self.hnorm, eps), self.h_proj)[0]
+        z, delta = self.block(e[:, None] + h, next_tokens, plan)
+        x = rms_norm(self.hc_head(z), self.norm, eps)
+        logits = self.dense.project(x, self.head)[0]
+        return logits, Delta(next_tokens.shape[0], [delta], z)

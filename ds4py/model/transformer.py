@@ -1,0 +1,60 @@
+"""The main model: embed, layers, head.
+
+Shape letters used in this package: S new tokens, T tokens so far, D hidden, H streams (hc_mult),
+hd head_dim, E routed experts, k experts per token, I expert width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ds4py.cache.state import Delta, LayerDelta, SequenceState
+from ds4py.config import ModelConfig
+from ds4py.kernels.dense import Dense, Weight
+from ds4py.kernels.norm import rms_norm
+from ds4py.model.block import Block
+from ds4py.model.hyper import HyperHead
+from ds4py.model.plan import Frequencies, StepPlan
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """DeepSeek V4. Stateless: the sequence is an argument of every step."""
+
+    config: ModelConfig
+    dense: Dense
+    dtype: mx.Dtype
+    freqs: Frequencies
+    embed: mx.array
+    """[V, D]"""
+    blocks: tuple[Block, ...]
+    hc_head: HyperHead
+    norm: mx.array
+    head: Weight
+
+    def new_state(self) -> SequenceState:
+        """The empty sequence."""
+        return SequenceState(self.config, self.config.layers, self.dtype)
+
+    def step(
+        self, tokens: mx.array, state: SequenceState, n_logits: int | None = None
+    ) -> tuple[mx.array, Delta]:
+        """tokens [S] after `state` -> float32 logits of the last `n_logits` positions (all by
+        default) [n, V], and the delta. The state is not changed."""
+        plan = StepPlan(self.config, self.freqs, state, tokens.shape[0])
+        x = self.embed[tokens]  # [S, D]
+        streams = mx.broadcast_to(x[:, None], (x.shape[0], self.config.hc_mult, x.shape[1]))
+        deltas: list[LayerDelta] = []
+        for block in self.blocks:
+            streams, delta = block(streams, tokens, plan)
+            deltas.append(delta)
+        n_logits = tokens.shape[0] if n_logits is None else n_logits
+        logits = self.logits(streams[tokens.shape[0] - n_logits :])
+        return logits, Delta(tokens.shape[0], deltas, streams)
+
+    def logits(self, streams: mx.array) -> mx.array:
+        """streams [n, H, D] -> float32 [n, V]."""
+        x = rms_norm(self.hc_head(streams), self.norm, self.config.rms_norm_eps)
+        return self.dense.project(x, self.head)[0]
