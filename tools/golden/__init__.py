@@ -1,0 +1,1 @@
+"""Golden sets: small random models with the logits that independent implementations give them."""
