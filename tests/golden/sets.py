@@ -44,7 +44,7 @@ def write_sharded(folder: Path, c: Config, stored: dict[str, files.Stored], shar
     """The same dealt out over several files, with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(c))
-    where = {}
+    where: dict[str, str] = {}
     for number in range(shards):
         part = {n: t for at, (n, t) in enumerate(stored.items()) if at % shards == number}
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"

@@ -48,7 +48,7 @@ PRESETS = {
     # two high ratios, neither a power of two, and score routing from layer 3 on a sliding layer
     "mixed": Preset((24, 4, 7, 0, 4, 24, 7), 130, window=20, topk=5),
 }
-SMALL = {"hidden": 32, "inner": 32, "experts": 5, "experts_used": 2, "lora": 8, "vocab": 96}
+SMALL: dict[str, Any] = {"hidden": 32, "inner": 32, "experts": 5, "experts_used": 2, "lora": 8, "vocab": 96}
 # The same schedules at sizes that fit in a repository.
 PRESETS |= {
     "flashlike-small": replace(PRESETS["flashlike"], tokens=280, **SMALL),
@@ -118,7 +118,7 @@ def config(preset: Preset) -> Config:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a checkpoint, under DeepSeek's names."""
     hidden, streams = c["hidden_size"], c["hc_mult"]
-    head = {
+    head: dict[str, tuple[int, ...]] = {
         "hc_head_fn": (streams, streams * hidden),
         "hc_head_base": (streams,),
         "hc_head_scale": (1,),
