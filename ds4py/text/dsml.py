@@ -1,16 +1,18 @@
-"""DSML, the markup DeepSeek V4 writes tool calls in: the tools block, and calls as text.
+"""DSML, the markup DeepSeek V4 writes tool calls in: how calls are written, how tags are read.
 
 The wording is the model's protocol, from DeepSeek's encoding_dsv4.py (MIT licence, copyright
 DeepSeek) byte for byte. Arguments are never escaped: a string value is raw text up to the tag
-that closes it.
+that closes it. The reader's half answers one question, "does this tag stand here?", for text of
+which the end may still be missing; `stream` asks it.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from ds4py.errors import PromptError
-from ds4py.text.messages import DSML
+from ds4py.text.messages import DSML, END_THINK
 
 TOOLS_BLOCK = """## Tools
 
@@ -118,3 +120,145 @@ def _parameters(arguments: Any, index: int) -> Iterable[tuple[str, Any]]:
             f"tool_calls[{index}] has arguments that are JSON but no object; need {{...}}."
         )
     return list(values.items())
+
+
+NO: Final = -1
+"""The tag does not stand here. (None: the text ends before that is decided.)"""
+
+_MAX_HEADER = 4096
+"""Characters after which a tag that never closes is taken for text."""
+
+_SPACES = " \t\r\n"
+
+Pattern = tuple[tuple[str, bool], ...]
+"""What a tag is made of: (allowed characters, any number of them) for each place."""
+
+
+def _literal(text: str) -> Pattern:
+    return tuple((character, False) for character in text)
+
+
+def _tag(start: str, name: str, end: str = "", bars: str = "｜|") -> Pattern:
+    """A tag; models write the ASCII bar, too, and white space inside tags."""
+    marker = (*_literal(start), (bars, False), *_literal("DSML"), (bars, False))
+    named = (*marker, (_SPACES, True), *_literal(name)) if name else marker
+    return (*named, (_SPACES, True), *_literal(end)) if end else named
+
+
+OPEN_MARKER: Final = _tag("<", "")
+CLOSE_MARKER: Final = _tag("</", "")
+OPEN_CALLS: Final = _tag("<", "tool_calls", ">")
+CLOSE_CALLS: Final = _tag("</", "tool_calls", ">")
+OPEN_INVOKE: Final = _tag("<", "invoke")
+CLOSE_INVOKE: Final = _tag("</", "invoke", ">")
+OPEN_PARAMETER: Final = _tag("<", "parameter")
+CLOSE_PARAMETER: Final = _tag("</", "parameter", ">", bars="｜")
+CLOSE_PARAMETER_ASCII: Final = _tag("</", "parameter", ">")
+"""For a value that began with ASCII bars only: elsewhere that spelling is part of the value."""
+CLOSE_REASONING: Final = _literal(END_THINK)
+
+
+def match(pattern: Pattern, text: str, at: int) -> int | None:
+    """Where the tag that starts at `at` ends; NO; or None when the text ends inside it."""
+    for characters, repeated in pattern:
+        if repeated:
+            at = skip_spaces(text, at)
+            continue
+        if at == len(text):
+            return None
+        if text[at] not in characters:
+            return NO
+        at += 1
+    return at
+
+
+def skip_spaces(text: str, at: int) -> int:
+    """The first position from `at` on that holds no white space."""
+    while at < len(text) and text[at] in _SPACES:
+        at += 1
+    return at
+
+
+class Header(NamedTuple):
+    """The attributes of an invoke or parameter tag, and where the tag ends."""
+
+    name: str
+    is_text: bool  # the attribute `string` is "true"
+    ascii_bars: bool
+    end: int
+
+
+_ATTRIBUTE = r"""\s+([\w-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s"'<>=]+)"""
+_ATTRIBUTES = re.compile(f"(?:{_ATTRIBUTE})+\\s*")
+_EACH_ATTRIBUTE = re.compile(_ATTRIBUTE)
+_NEXT_TAG = re.compile(r"</|<[｜|]")
+_WRITTEN = re.compile(r'\s+name="(.*)" string="(true|false)"\s*', re.DOTALL)
+_NAME_ONLY = re.compile(r'\s+name="(.*)"\s*', re.DOTALL)
+
+
+def match_header(pattern: Pattern, text: str, at: int) -> Header | int | None:
+    """The tag with attributes that starts at `at`; NO; or None when the text ends inside it.
+
+    Names are not escaped either, so a `>` ends the tag only where what precedes it is complete.
+    """
+    start = match(pattern, text, at)
+    if start is None or start == NO:
+        return start
+    limit = start + _MAX_HEADER
+    next_tag = _NEXT_TAG.search(text, start, limit)
+    stop = next_tag.start() if next_tag else limit
+    end = text.find(">", start, stop)
+    while end >= 0:
+        found = _attributes(text[start:end])
+        if found is not None:
+            return Header(*found, text[at + 1] == "|", end + 1)
+        end = text.find(">", end + 1, stop)
+    return NO if next_tag or len(text) >= limit else None
+
+
+def _attributes(header: str) -> tuple[str, bool] | None:
+    """(name, string) of a tag's inside: as the encoder writes it, else as models vary it."""
+    written = _WRITTEN.fullmatch(header)
+    if written:
+        return written[1], written[2] == "true"
+    if not _ATTRIBUTES.fullmatch(header):
+        name_only = _NAME_ONLY.fullmatch(header)
+        return (name_only[1], False) if name_only else None
+    values = dict(_EACH_ATTRIBUTE.findall(header))
+    if "name" not in values:
+        return None
+    return _unquoted(values["name"]), _unquoted(values.get("string", "false")).lower() == "true"
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if value[0] in "\"'" else value
+
+
+def value_json(value: str) -> str:
+    """The raw value of a parameter that is not marked as text: itself where it is JSON, or quoted.
+
+    What no prompt could hold again (half a surrogate pair) and constants that are not JSON (NaN,
+    Infinity) do not count as JSON.
+    """
+    return to_json(value) if _parsed(value) is _NOT_JSON else value.strip()
+
+
+def object_json(text: str) -> str:
+    """`text` where it is a JSON object, else the empty object."""
+    return text.strip() if isinstance(_parsed(text), dict) else "{}"
+
+
+_NOT_JSON = object()
+
+
+def _parsed(text: str) -> Any:
+    try:
+        parsed = json.loads(text, parse_constant=_refuse_constant)
+        to_json(parsed).encode()
+    except (ValueError, RecursionError, PromptError):
+        return _NOT_JSON
+    return parsed
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
