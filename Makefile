@@ -7,10 +7,13 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --editable
 PROMPT := Tell me a short story about a fox.
 
-# An environment whose Python has gone (an upgrade, a moved folder) is made again.
-ifneq ($(shell $(PYTHON) -c 'import sys; print(sys.prefix)' 2>/dev/null),$(CURDIR)/$(VENV))
+# Says where the environment was made, if its Python still runs. One that was moved, or whose Python
+# has gone, is made again.
+PLACE := $(PYTHON) -c 'print(open("$(VENV)/place").read().strip())' 2>/dev/null
+ifneq ($(shell $(PLACE)),$(CURDIR))
 $(shell rm -f $(VENV)/*.stamp)
 endif
 
@@ -25,14 +28,15 @@ check: $(VENV)/check.stamp
 	$(PYTHON) tools/check
 
 $(VENV)/run.stamp: pyproject.toml
-	python=$$(sh tools/find_python) && $$python -m venv --clear $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable .
+	test "$$($(PLACE))" = "$(CURDIR)" || { python=$$(sh tools/find_python) \
+	    && $$python -m venv --clear $(VENV) && echo "$(CURDIR)" > $(VENV)/place; }
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(INSTALL) '.[test]'
 	touch $@
 
 $(VENV)/check.stamp: $(VENV)/test.stamp
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	$(INSTALL) '.[lint]'
 	touch $@

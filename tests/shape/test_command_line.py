@@ -9,13 +9,8 @@ HEAVY = {"mlx", "numpy", "torch", "transformers", "tokenizers", "sentencepiece",
 HEAVY |= {"huggingface_hub"}
 
 HELP = """
-import sys
 from ds4py.cli.app import main
-sys.argv = ["ds4", "--help"]
-try:
-    main()
-except SystemExit as stop:
-    assert not stop.code, stop.code
+assert main(["--help"]) == 0
 """
 
 
