@@ -1,7 +1,9 @@
-"""Matrix products, the one place where the CPU and the GPU are served differently.
+"""Matrix products, the place where the CPU and the GPU are served differently.
 
 `MlxDense` is plain MLX. `BlasDense` computes the same products with numpy's BLAS: MLX 0.32's CPU
 matmul reaches about 3 GFLOP/s on two cores, the BLAS over 100. Chosen once, when a model is opened.
+Kernels with a `_host` form use it when `dense.host` says that the numbers are on the host anyway:
+one numpy call costs about 1 us there, one MLX operation 4 us, one evaluation 40 us.
 
 A row's result must not depend on how many rows are computed with it (decode = prefill = chunks,
 bit for bit). BLAS libraries switch kernels with the shape, so `BlasDense` keeps to shapes where
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -48,6 +51,8 @@ class Dense(Protocol):
     """The matrix products a model needs. All accumulate in float32."""
 
     name: str
+    host: bool
+    """Whether products are computed by the host's BLAS, so that host kernels save evaluations."""
 
     def pack(self, parts: Sequence[tuple[F32, mx.Dtype]]) -> Weight:
         """float32 maps [out_i, in] that share an input, and the dtype of each result."""
@@ -95,6 +100,7 @@ class MlxDense:
     """Plain MLX: the reference on a GPU, and the slow cross-check on a CPU."""
 
     name = "mlx"
+    host = False
 
     def pack(self, parts: Sequence[tuple[F32, mx.Dtype]]) -> Weight:
         arrays = tuple(mx.array(w).astype(dtype) for w, dtype in parts)
@@ -140,6 +146,7 @@ class BlasDense:
     """numpy's BLAS over host arrays. Each call evaluates its inputs and copies its result."""
 
     name = "blas"
+    host = True
 
     def pack(self, parts: Sequence[tuple[F32, mx.Dtype]]) -> Weight:
         widths = tuple(w.shape[-2] for w, _ in parts)
@@ -155,28 +162,16 @@ class BlasDense:
         return _BlasExperts(n_experts, out, n_in, dtype)
 
     def project(self, x: mx.array, weight: Weight) -> tuple[mx.array, ...]:
-        host = to_numpy(x)
-        y = _gemm(host.reshape(-1, host.shape[-1]), weight.arrays[0])
-        parts, column = [], 0
-        for width, dtype in zip(weight.widths, weight.dtypes, strict=True):
-            part = y[:, column : column + width].reshape(*host.shape[:-1], width)
-            parts.append(_to_mlx(part, dtype))
-            column += width
-        return tuple(parts)
+        parts = host_project(to_numpy(x), weight)
+        return tuple(to_mlx(y, dtype) for y, dtype in zip(parts, weight.dtypes, strict=True))
 
     def grouped(self, x: mx.array, weight: Weight) -> mx.array:
         host, w, width = to_numpy(x), weight.arrays[0], weight.widths[0]
-        y = np.stack([_gemm(host[:, g], w[g])[:, :width] for g in range(w.shape[0])], axis=1)
-        return _to_mlx(y, weight.dtypes[0])
+        y = np.stack([gemm(host[:, g], w[g])[:, :width] for g in range(w.shape[0])], axis=1)
+        return to_mlx(y, weight.dtypes[0])
 
     def experts(self, x: mx.array, ids: mx.array, weight: Weight) -> mx.array:
-        rows, expert_of = to_numpy(x), to_numpy(ids)
-        w, width = weight.arrays[0], weight.widths[0]
-        y = np.empty((rows.shape[0], width), np.float32)
-        starts = np.flatnonzero(np.diff(expert_of, prepend=-1))
-        for start, end in zip(starts, [*starts[1:], len(expert_of)], strict=True):
-            y[start:end] = _gemm(rows[start:end], w[expert_of[start]])[:, :width]
-        return _to_mlx(y, weight.dtypes[0])
+        return to_mlx(host_experts(to_numpy(x), to_numpy(ids), weight), weight.dtypes[0])
 
     def batched(self, a: mx.array, b: mx.array) -> mx.array:
         return mx.array(np.matmul(to_numpy(a), to_numpy(b)))
@@ -198,16 +193,39 @@ def _padded(n: int) -> int:
     return -(-n // N_MULTIPLE) * N_MULTIPLE
 
 
-def _to_mlx(x: npt.NDArray[Any], dtype: mx.Dtype) -> mx.array:
+def to_mlx(x: npt.NDArray[Any], dtype: mx.Dtype) -> mx.array:
+    """A copy of a host array in `dtype`."""
     y = mx.array(x)
     return y if dtype == mx.float32 else y.astype(dtype)
 
 
-def _gemm(x: F32, w: F32) -> F32:
+def host_project(x: F32, weight: Weight) -> list[F32]:
+    """`BlasDense.project` on host arrays: x [..., in] -> views [..., out_i], float32."""
+    y = gemm(x.reshape(-1, x.shape[-1]), weight.arrays[0])
+    parts, column = [], 0
+    for width in weight.widths:
+        parts.append(y[:, column : column + width].reshape(*x.shape[:-1], width))
+        column += width
+    return parts
+
+
+def host_experts(x: F32, ids: npt.NDArray[Any], weight: Weight) -> F32:
+    """`BlasDense.experts` on host arrays: x [R, in], ids [R] ascending -> [R, out]."""
+    w, width = weight.arrays[0], weight.widths[0]
+    y = np.empty((x.shape[0], width), np.float32)
+    starts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1), len(ids)]
+    for start, end in pairwise(starts):
+        y[start:end] = gemm(x[start:end], w[ids[start]])[:, :width]
+    return y
+
+
+def gemm(x: F32, w: F32) -> F32:
     """x [M, K] @ w [K, N], each row independent of M."""
     n_rows = x.shape[0]
     if n_rows == 1:  # a one-row product would go to a matrix-vector kernel with another order
         x = np.concatenate([x, x])
+    if x.shape[1] <= K_BLOCK:
+        return (x @ w)[:n_rows]
     y = x[:, :K_BLOCK] @ w[:K_BLOCK]
     for k in range(K_BLOCK, x.shape[1], K_BLOCK):
         y += x[:, k : k + K_BLOCK] @ w[k : k + K_BLOCK]

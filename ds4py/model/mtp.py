@@ -13,9 +13,9 @@ import mlx.core as mx
 from ds4py.cache.state import Delta, SequenceState
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels.dense import Dense, Weight
+from ds4py.kernels.hyper import HyperWeights, collapse_head
 from ds4py.kernels.norm import rms_norm
 from ds4py.model.block import Block
-from ds4py.model.hyper import HyperHead
 from ds4py.model.plan import Frequencies, StepPlan
 
 
@@ -34,7 +34,7 @@ class DraftLayer:
     enorm: mx.array
     hnorm: mx.array
     block: Block
-    hc_head: HyperHead
+    hc_head: HyperWeights
     norm: mx.array
     head: Weight
 
@@ -52,6 +52,6 @@ class DraftLayer:
         e = self.dense.project(rms_norm(self.embed[next_tokens], self.enorm, eps), self.e_proj)[0]
         h = self.dense.project(rms_norm(streams, self.hnorm, eps), self.h_proj)[0]
         z, delta = self.block(e[:, None] + h, next_tokens, plan)
-        x = rms_norm(self.hc_head(z), self.norm, eps)
+        x = rms_norm(collapse_head(self.dense, z, self.hc_head), self.norm, eps)
         logits = self.dense.project(x, self.head)[0]
         return logits, Delta(next_tokens.shape[0], [delta], z)

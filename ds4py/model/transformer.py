@@ -13,9 +13,9 @@ import mlx.core as mx
 from ds4py.cache.state import Delta, LayerDelta, SequenceState
 from ds4py.config import ModelConfig
 from ds4py.kernels.dense import Dense, Weight
+from ds4py.kernels.hyper import HyperWeights, collapse_head
 from ds4py.kernels.norm import rms_norm
 from ds4py.model.block import Block
-from ds4py.model.hyper import HyperHead
 from ds4py.model.plan import Frequencies, StepPlan
 
 
@@ -30,7 +30,7 @@ class Transformer:
     embed: mx.array
     """[V, D]"""
     blocks: tuple[Block, ...]
-    hc_head: HyperHead
+    hc_head: HyperWeights
     norm: mx.array
     head: Weight
 
@@ -51,10 +51,15 @@ class Transformer:
             streams, delta = block(streams, tokens, plan)
             deltas.append(delta)
         n_logits = tokens.shape[0] if n_logits is None else n_logits
-        logits = self.logits(streams[tokens.shape[0] - n_logits :])
+        n_logits = tokens.shape[0] if n_logits is None else n_logits
+        if n_logits == 0:
+            logits = mx.zeros((0, self.config.vocab_size))
+        else:
+            logits = self.logits(streams[tokens.shape[0] - n_logits :])
         return logits, Delta(tokens.shape[0], deltas, streams)
 
     def logits(self, streams: mx.array) -> mx.array:
         """streams [n, H, D] -> float32 [n, V]."""
-        x = rms_norm(self.hc_head(streams), self.norm, self.config.rms_norm_eps)
+        x = collapse_head(self.dense, streams, self.hc_head)
+        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
         return self.dense.project(x, self.head)[0]

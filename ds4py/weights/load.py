@@ -11,11 +11,11 @@ from ds4py.cache.state import Series, series_of
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.errors import ConfigError
 from ds4py.kernels.dense import F32, Dense, Weight
+from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.rounding import FP4_ROW_BLOCK, FP8_ROW_BLOCK
 from ds4py.model.attention import Attention
 from ds4py.model.block import Block
 from ds4py.model.compressor import Compressor, padded_ape
-from ds4py.model.hyper import HyperConnection, HyperHead
 from ds4py.model.indexer import Indexer
 from ds4py.model.moe import MoE, ResidentExperts
 from ds4py.model.mtp import DraftLayer
@@ -51,7 +51,7 @@ class Loader:
         )
         model = Transformer(
             config=c, dense=self.dense, dtype=self.dtype, freqs=self.freqs, embed=embed,
-            blocks=blocks, hc_head=self._hyper_head("hc_head"), norm=self._vector("norm.weight"),
+            blocks=blocks, hc_head=self._hyper("hc_head"), norm=self._vector("norm.weight"),
             head=self.dense.pack([(checkpoint.matrix("head"), mx.float32)]),
         )
         return model
@@ -66,7 +66,7 @@ class Loader:
             enorm=self._vector(f"{prefix}.enorm.weight"),
             hnorm=self._vector(f"{prefix}.hnorm.weight"),
             block=self._block(prefix, plan, 0, ()),
-            hc_head=self._hyper_head(f"{prefix}.hc_head"),
+            hc_head=self._hyper(f"{prefix}.hc_head"),
             norm=self._vector(f"{prefix}.norm.weight"),
         )
 
@@ -76,28 +76,24 @@ class Loader:
     def _linear(self, name: str) -> Weight:
         return self.dense.pack([(self.checkpoint.matrix(name), self.dtype)])
 
-    def _hyper_head(self, prefix: str) -> HyperHead:
-        return HyperHead(self.config, self.dense, *self._hyper_weights(prefix))
-
-    def _hyper_weights(self, prefix: str) -> tuple[Weight, mx.array, mx.array]:
-        fn = self.dense.pack([(self.checkpoint.floats(f"{prefix}_fn"), mx.float32)])
-        return fn, self._vector(f"{prefix}_base"), self._vector(f"{prefix}_scale")
+    def _hyper(self, prefix: str) -> HyperWeights:
+        return HyperWeights(
+            fn=self.dense.pack([(self.checkpoint.floats(f"{prefix}_fn"), mx.float32)]),
+            scale=self._vector(f"{prefix}_scale"), base=self._vector(f"{prefix}_base"),
+            norm_eps=self.config.rms_norm_eps, eps=self.config.hc_eps,
+        )
 
     def _block(
         self, prefix: str, plan: LayerPlan, slot: int, series: tuple[Series, ...]
     ) -> Block:
         return Block(
-            hc_attn=HyperConnection(
-                self.config, self.dense, *self._hyper_weights(f"{prefix}.hc_attn")
-            ),
+            config=self.config, dense=self.dense,
+            hc_attn=self._hyper(f"{prefix}.hc_attn"),
             attn_norm=self._vector(f"{prefix}.attn_norm.weight"),
             attn=self._attention(f"{prefix}.attn", plan, slot, series),
-            hc_ffn=HyperConnection(
-                self.config, self.dense, *self._hyper_weights(f"{prefix}.hc_ffn")
-            ),
+            hc_ffn=self._hyper(f"{prefix}.hc_ffn"),
             ffn_norm=self._vector(f"{prefix}.ffn_norm.weight"),
             ffn=self._feed_forward(f"{prefix}.ffn", plan),
-            eps=self.config.rms_norm_eps,
         )
 
     def _attention(

@@ -1,0 +1,1 @@
+"""Engine and Session: the only door to a model. Evaluation happens here."""

@@ -1,0 +1,178 @@
+"""The engine: one loaded model, and the sessions made from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ds4py import assets
+from ds4py.config import ModelConfig
+from ds4py.engine import memory
+from ds4py.engine.options import EngineOptions
+from ds4py.engine.session import Session
+from ds4py.errors import InputError, OptionsError, WeightsError
+from ds4py.kernels import build
+from ds4py.model.mtp import DraftLayer
+from ds4py.text import tokenizer as tokenizers
+from ds4py.text.tokenizer import Tokenizer
+from ds4py.weights.checkpoint import Checkpoint
+from ds4py.weights.load import Loader
+
+EMBEDDED = "tiny"
+"""The model that travels with the package."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+Progress = Callable[[str, int, int], None]
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """A model's directory from its name or path. Raises InputError."""
+    if str(name) == EMBEDDED:
+        return assets.path("models", EMBEDDED)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(
+            f"{path} is a file; a model is a directory with config.json and *.safetensors"
+        )
+    raise InputError(
+        f"no model {str(name)!r}: there is no such directory, and the only named model is "
+        f"'{EMBEDDED}'"
+    )
+
+
+class Engine:
+    """A loaded model. Made by `Engine.open`; everything is read-only but the counters."""
+
+    def __init__(
+        self, directory: Path, name: str, options: EngineOptions, progress: Progress | None
+    ):
+        self.name, self.options = name, options
+        self.config = ModelConfig.load(directory)
+        self.context = options.context or self.config.max_position_embeddings
+        if self.context > self.config.max_position_embeddings:
+            raise OptionsError(
+                f"context is {self.context}; this model was made for at most "
+                f"{self.config.max_position_embeddings} tokens"
+            )
+        dense = build.dense_for(options.kernels)
+        dtype = (
+            build.default_dtype() if options.dtype == "auto" else getattr(mx, options.dtype)
+        )
+        if options.memory is not None:
+            itemsize = 4 if dense.name == "blas" else dtype.size
+            memory.check_budget(self.config, options.memory, self.context, itemsize)
+        has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
+        self.tokenizer: Tokenizer | None = tokenizers.load(directory) if has_tokenizer else None
+        checkpoint = Checkpoint(directory, self.config, progress)
+        self._loader = Loader(checkpoint, dense, dtype, options.trained_rounding)
+        self.model = self._loader.transformer()
+        self.counters = {"prefill_tokens": 0, "decode_tokens": 0}
+
+    @classmethod
+    def open(
+        cls, path_or_name: str | os.PathLike[str], options: EngineOptions | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a model directory in DeepSeek's layout, or the embedded model by name.
+
+        Raises InputError and its kin: ConfigError, WeightsError, TokenizerError, OptionsError.
+        """
+        directory = resolve(path_or_name)
+        return cls(directory, directory.name, options or EngineOptions(), progress)
+
+    def session(self) -> Session:
+        """A new, empty timeline."""
+        return Session(self)
+
+    def restore(self, path: os.PathLike[str] | str) -> Session:
+        """A session from a file written by `Session.save`. Raises InputError."""
+        session = Session(self)
+        session.load(Path(path))
+        return session
+
+    @cached_property
+    def draft(self) -> DraftLayer:
+        """The MTP layer, loaded when first asked for. Raises WeightsError when there is none."""
+        if not self.config.mtp_layers or not self._loader.checkpoint.has_draft:
+            raise WeightsError(f"model {self.name} has no MTP weights this engine can run")
+        return self._loader.draft(self.model)
+
+    def score(
+        self, tokens: Sequence[int], chunks: Sequence[int] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Teacher-forced logits at every position, float32 [T, V].
+
+        chunks: sizes of the steps, which must add up to T; None = chunks of `prefill_chunk`.
+        """
+        logits, _ = self._run(tokens, chunks)
+        return logits
+
+    def score_mtp(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Draft logits, float32 [T-1, V]: row p sees tokens 0..p+1 and predicts token p+2."""
+        draft, (_, streams) = self.draft, self._run(tokens, None)
+        state, rows, chunk = draft.new_state(), [], self.options.prefill_chunk
+        for start in range(0, len(tokens) - 1, chunk):
+            end = min(start + chunk, len(tokens) - 1)
+            following = mx.array([int(t) for t in tokens[start + 1 : end + 1]])
+            logits, delta = draft.step(mx.array(streams[start:end]), following, state)
+            state.commit(delta, end - start)
+            mx.eval(logits, *state.arrays())  # bounds the graph to one chunk
+            rows.append(np.array(logits))
+        return np.concatenate(rows)
+
+    def _run(
+        self, tokens: Sequence[int], chunks: Sequence[int] | None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Logits [T, V] and final streams [T, H, D] of a fresh sequence."""
+        ids, step = [int(t) for t in tokens], self.options.prefill_chunk
+        Session(self)._check(ids)
+        if chunks is None:
+            chunks = [min(step, len(ids) - i) for i in range(0, len(ids), step)]
+        if sum(chunks) != len(ids) or min(chunks) < 1:
+            raise OptionsError(f"chunks add up to {sum(chunks)}; need the {len(ids)} tokens given")
+        state, logits, streams = self.model.new_state(), [], []
+        for n in chunks:
+            part = mx.array(ids[state.position : state.position + n])
+            out, delta = self.model.step(part, state)
+            state.commit(delta, n)
+            mx.eval(out, delta.streams, *state.arrays())  # bounds the graph to one chunk
+            logits.append(np.array(out))
+            streams.append(np.array(delta.streams.astype(mx.float32)))
+        return np.concatenate(logits), np.concatenate(streams)
+
+    @cached_property
+    def identity(self) -> str:
+        """Names model and numerics: what must agree before a snapshot may be used."""
+        digest = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode())
+        entries = self._loader.checkpoint.entries
+        for name in sorted(entries):
+            entry = entries[name]
+            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        digest.update(entries["norm.weight"].read().tobytes())
+        for plan in self.config.layers:  # every layer's own numbers, without reading all weights
+            digest.update(entries[f"layers.{plan.index}.attn_norm.weight"].read().tobytes())
+        numerics = f"{self.model.dtype} {self.model.dense.name} {self.options.trained_rounding}"
+        return f"{digest.hexdigest()} {numerics}"
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the model was opened, and what it is."""
+        return {
+            "model": self.name,
+            "dtype": str(self.model.dtype).removeprefix("mlx.core."),
+            "products": self.model.dense.name,
+            "device": "gpu" if build.metal_available() else "cpu",
+            "context": self.context,
+            "parameters": memory.n_parameters(self.config),
+            **self.counters,
+        }

@@ -1,0 +1,221 @@
+"""A session: one timeline of tokens with the model state that belongs to it.
+
+The caller always passes the whole prefix; `sync` decides what can be kept. The token list and the
+state agree whenever a method returns or raises, also after an interrupt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ds4py.cache import snapshot
+from ds4py.engine.checkpoints import GRID, Checkpoints
+from ds4py.engine.decode import decode
+from ds4py.engine.options import SamplingOptions
+from ds4py.engine.sampling import Sampler
+from ds4py.engine.stopping import StopStrings
+from ds4py.errors import OptionsError, PromptError
+from ds4py.text.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from ds4py.engine.engine import Engine
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token. The last one of a generation says why it ended."""
+
+    id: int
+    text: str
+    """Text that became certain with this token; may be empty or span tokens."""
+    finish_reason: str | None = None
+    """"stop" (end token or stop string), "length" (max_tokens or context), or None."""
+
+
+class Session:
+    """Made by `Engine.session()`. Used by one thread."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._model = engine.model
+        self._state = engine.model.new_state()
+        self._tokens: list[int] = []
+        self._logits: mx.array | None = None  # [1, V] after the last token
+        self._checkpoints = Checkpoints()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids in the state, a copy."""
+        return list(self._tokens)
+
+    @property
+    def position(self) -> int:
+        """How many tokens the state holds."""
+        return len(self._tokens)
+
+    def sync(self, tokens: Sequence[int], progress: Progress | None = None) -> int:
+        """Make the state exactly the prefix `tokens`; returns how many were reused.
+
+        Raises PromptError when the prefix is empty, too long or has ids the model lacks; the
+        session is then as before.
+        """
+        wanted = [int(token) for token in tokens]
+        self._check(wanted)
+        common = _common_prefix(self._tokens, wanted)
+        if common == len(wanted) == self.position and self._logits is not None:
+            return common
+        self._return_to(min(common, len(wanted) - 1))  # the last token gives the logits
+        reused = self.position
+        self._prefill(wanted, progress)
+        return reused
+
+    def rewind(self, position: int) -> None:
+        """Go back to the first `position` tokens, exactly as if the rest had never been."""
+        if not 0 <= position <= self.position:
+            raise OptionsError(f"position is {position}; need one from 0 to {self.position}")
+        if position == 0:
+            self._return_to(0)
+        else:
+            self.sync(self._tokens[:position])
+
+    def logits(self) -> list[float]:
+        """Next-token logits, [V]. Raises PromptError on an empty session."""
+        return [float(x) for x in self._next_logits()[0].tolist()]
+
+    def generate(self, options: SamplingOptions | None = None) -> Iterator[Token]:
+        """Sample until the model stops, a stop string appears, or a limit is reached.
+
+        Every token handed out is in the state; closing the iterator early keeps what was handed
+        out. Raises PromptError on an empty session or a full context.
+        """
+        options = options or SamplingOptions()
+        logits, room = self._next_logits(), self._engine.context - self.position
+        if room <= 0:
+            raise PromptError(
+                f"the context of {self._engine.context} tokens is full; raise --context or shorten "
+                "the prompt"
+            )
+        n_tokens = room if options.max_tokens is None else min(options.max_tokens, room)
+        sampler = Sampler(options, self._tokens, self._engine.config.vocab_size)
+        steps = decode(self._model, self._state, logits, sampler, n_tokens)
+        try:
+            yield from self._tokens_of(steps, options, n_tokens)
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+            self._settle()
+
+    def save(self, path: Path | str) -> None:
+        """Write a snapshot that `Engine.restore` continues bit for bit. Raises InputError."""
+        snapshot.save(
+            Path(path), self._state, self._tokens, self._logits, self._engine.identity
+        )
+
+    def load(self, path: Path | str) -> None:
+        """Take over a snapshot's state. Raises InputError; the session is then as before."""
+        state = self._model.new_state()
+        tokens, logits = snapshot.load(Path(path), state, self._engine.identity)
+        self._check(tokens)
+        self._state, self._logits, self._checkpoints = state, logits, Checkpoints()
+        self._tokens = tokens
+        self._checkpoints.add(state.frontier)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the state takes in memory."""
+        return self._state.n_bytes
+
+    def _tokens_of(
+        self, steps: Iterator[tuple[int, mx.array]], options: SamplingOptions, n_tokens: int
+    ) -> Iterator[Token]:
+        """Step results -> tokens with text, recording each in this session."""
+        tokenizer, eos = self._engine.tokenizer, self._engine.config.eos_token_id
+        detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
+        stops = StopStrings(options.stop)
+        for n, (token, logits) in enumerate(steps, 1):
+            self._record(token, logits)
+            ended = token == eos and options.stop_at_eos
+            text = "" if ended or detokenizer is None else detokenizer.push(token)
+            last = ended or n == n_tokens
+            if last and detokenizer is not None:
+                text += detokenizer.flush()
+            text, stopped = stops.push(text)
+            if last and not stopped:
+                text += stops.flush()
+            if last or stopped:
+                yield Token(token, text, "stop" if ended or stopped else "length")
+                return
+            yield Token(token, text)
+
+    def _record(self, token: int, logits: mx.array) -> None:
+        self._tokens.append(token)
+        self._logits = logits
+        self._engine.counters["decode_tokens"] += 1
+        if self.position % GRID == 0 and self._state.position == self.position:
+            self._checkpoints.add(self._state.frontier)
+
+    def _next_logits(self) -> mx.array:
+        if self._logits is None:
+            raise PromptError("the session is empty; sync a prompt first")
+        return self._logits
+
+    def _check(self, tokens: list[int]) -> None:
+        context, vocab = self._engine.context, self._engine.config.vocab_size
+        if not tokens:
+            raise PromptError("the prompt has no tokens; give at least one")
+        if len(tokens) > context:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens but the context is {context}; shorten the "
+                "prompt or raise --context"
+            )
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            bad = next(t for t in tokens if not 0 <= t < vocab)
+            raise PromptError(f"token id {bad} is outside the model's vocabulary of {vocab}")
+
+    def _return_to(self, position: int) -> None:
+        """Restore the best checkpoint at or before `position`, without logits."""
+        if position == self.position == self._state.position:
+            return
+        found = self._checkpoints.best(position)
+        self._logits = None
+        self._checkpoints.forget_after(position)
+        if found is None:
+            self._state.reset()
+        else:
+            self._state.restore(found)
+        del self._tokens[self._state.position :]
+
+    def _settle(self) -> None:
+        """After an interrupt between a commit and its record: back to the recorded tokens."""
+        if self._state.position != self.position:
+            tokens = self.tokens
+            self._return_to(len(tokens) - 1)
+            self._prefill(tokens, None)
+
+    def _prefill(self, tokens: list[int], progress: Progress | None) -> None:
+        """Step over tokens[position:], in chunks that end on the checkpoint grid."""
+        start, chunk = self.position, self._engine.options.prefill_chunk
+        while self.position < len(tokens):
+            here = self.position
+            end = min(here - here % chunk + chunk, len(tokens))
+            ids = mx.array(tokens[here:end])
+            logits, delta = self._model.step(ids, self._state, int(end == len(tokens)))
+            self._state.commit(delta, end - here)
+            mx.eval(logits, *self._state.arrays())  # bounds the graph to one chunk
+            self._tokens += tokens[here:end]
+            self._logits = logits if end == len(tokens) else None
+            self._checkpoints.add(self._state.frontier)
+            self._engine.counters["prefill_tokens"] += end - here
+            if progress is not None:
+                progress("prefill", end - start, len(tokens) - start)
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
