@@ -1,0 +1,1 @@
+"""Quality measurements: generated tasks and their scoring with an engine."""

@@ -1,0 +1,1 @@
+"""Parts of `tools/train_tiny.py`: config, data, model, optimiser, training loop, export."""

@@ -1,0 +1,75 @@
+"""Token-wise functions, compiled while training (they are bound by memory, not by arithmetic).
+
+Their shapes depend on the number of tokens of a forward pass only, so that one compilation serves
+all sequence lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)  # type: ignore[no-any-return]
+
+
+def pick(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
+    """The function, compiled if `on`."""
+    return compiled(function) if on else function
+
+
+def rms_norm(x: Tensor, w: Tensor | None, eps: float = 1e-6) -> Tensor:
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if w is None else y * w
+
+
+def hyper_before(
+    x: Tensor, m: Tensor, base: Tensor, scale: Tensor, norm: Tensor,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, H, D], m = x fn^T [N, (2 + H) H] -> normed input [N, D], post [N, H], comb [N, H, H]."""
+    h = x.shape[1]
+    m = m * torch.rsqrt(x.flatten(1).square().mean(-1, keepdim=True) + norm_eps)
+    a, b, c = m.split((h, h, h * h), -1)
+    pre = torch.sigmoid(a * scale[0] + base[:h]) + eps
+    post = 2 * torch.sigmoid(b * scale[1] + base[h : 2 * h])
+    comb = (c * scale[2] + base[2 * h :]).unflatten(-1, (h, h))
+    comb = comb.softmax(-1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    y = sum(pre[:, i, None] * x[:, i] for i in range(h))
+    assert isinstance(y, Tensor)
+    return rms_norm(y, norm, norm_eps), post, comb
+
+
+def hyper_after(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """X'[k] = post[k] y + sum_j comb[j, k] X[j]."""
+    h = x.shape[1]
+    new = []
+    for k in range(h):
+        mixed = sum(comb[:, j, k, None] * x[:, j] for j in range(h))
+        new.append(post[:, k, None] * y + mixed)
+    return torch.stack(new, 1)
+
+
+def swiglu(a: Tensor, limit: float) -> Tensor:
+    gate, up = a.chunk(2, -1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def weighted_swiglu(a: Tensor, wt: Tensor, limit: float) -> Tensor:
+    return swiglu(a, limit) * wt[:, None]
+
+
+def pool(u: Tensor, z: Tensor) -> Tensor:
+    """Compressor pooling: [B, R, slots, d] -> [B, R, d], a softmax per channel."""
+    return (z.softmax(2) * u).sum(2)
