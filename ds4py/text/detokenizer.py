@@ -18,6 +18,4 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What was held back at the end of the tokens; afterwards a new text may begin."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return self._decoder.decode(b"", final=True)

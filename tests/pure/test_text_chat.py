@@ -142,6 +142,24 @@ def test_calls_and_results_in_the_order_of_the_calls() -> None:
     )
 
 
+def test_an_id_may_stand_on_the_function() -> None:
+    inner = [{"function": {"id": i, "name": "f", "arguments": "{}"}} for i in ("a", "b")]
+    messages = [
+        {"role": "assistant", "tool_calls": inner},
+        {"role": "tool", "tool_call_id": "b", "content": "B"},
+        {"role": "tool", "tool_call_id": "a", "content": "A"},
+    ]
+    results = "<tool_result>A</tool_result>\n\n<tool_result>B</tool_result>"
+    assert f"<｜User｜>{results}<｜Assistant｜>" in chat.render(messages)
+
+
+def test_tools_on_a_user_are_lost_and_keep_no_reasoning() -> None:
+    messages = [{**message, "tools": [TOOL]} for message in ANSWERED if message["role"] == "user"]
+    system, _, answer, _ = ANSWERED
+    with_tools = [system, messages[0], answer, messages[1]]
+    assert chat.render(with_tools) == chat.render(ANSWERED)
+
+
 def test_arguments_given_as_an_object_are_the_arguments() -> None:
     as_text, as_object = (
         chat.render([{"role": "assistant", "tool_calls": [call("f", arguments)]}])

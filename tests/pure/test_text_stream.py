@@ -149,10 +149,10 @@ GOOD = invoke("f", parameter("a", "v"))
         ),
         pytest.param(f'a <{D}tool_calls>" b', f'a <{D}tool_calls>" b', [], id="named in prose"),
         pytest.param(
-            f'<{D} invoke  name = "f" ><{D}parameter name=\'a\' type="x" string="TRUE" >v'
+            f'<{D} invoke  name = "f" ><{D}parameter name=\'a\' type="x" string="TRUE" >3'
             f"</{D} parameter ></{D}invoke >",
             "",
-            [F],
+            [("f", {"a": "3"})],
             id="spaces, quotes, attributes",
         ),
         pytest.param(
@@ -179,6 +179,16 @@ GOOD = invoke("f", parameter("a", "v"))
 def test_what_models_write(text: str, content: str, calls: list[tuple[str, Any]]) -> None:
     assert summary(text) == ("", content, calls)
     assert parse(text) == parse([text])
+
+
+def test_a_tag_that_does_not_close_becomes_text() -> None:
+    p = parser()
+    start = f'<{D}invoke name="'
+    assert p.push(start + "x" * 4000) == []
+    assert joined(p.push("x" * 200)) == [Content(start + "x" * 4200)]
+    assert p.push(start + "x") == []
+    assert joined(p.push(f"<{D}inv")) == [Content(start + "x")]
+    assert joined(p.push("y> z")) == [Content(f"<{D}invy> z")]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,11 @@ KINDS = {
     "json, added on top": {"special": False, "in_vocabulary": False},
     "model": {},
     "model, user symbols": {"control_symbols": [], "user_defined_symbols": OTHERS},
+    "model, prefix, user symbols": {
+        "add_dummy_prefix": True,
+        "control_symbols": [],
+        "user_defined_symbols": OTHERS,
+    },
     "model, prefix": {"add_dummy_prefix": True, "remove_extra_whitespaces": True},
 }
 
@@ -159,6 +164,14 @@ def test_segments_give_the_ids_of_the_whole_string(tmp_path: Path, kind: str) ->
     assert tokenizer.encode(chat.segments(CONVERSATION)) == ids
 
 
+def test_text_that_spells_a_token_is_cut_like_any_text(tmp_path: Path) -> None:
+    description = json.loads(hf_tokenizer(in_vocabulary=False).to_str())
+    description |= {"added_tokens": [], "post_processor": None}
+    plain = tokenizers.Tokenizer.from_str(json.dumps(description))
+    text = "say <think> and </think> and ｜DSML｜"
+    assert load(write(tmp_path, "json, added on top")).encode(text) == plain.encode(text).ids
+
+
 def test_segments_give_the_ids_of_the_whole_string_in_sentencepiece(tmp_path: Path) -> None:
     """Only user symbols are matched inside a string; BOS, a control piece, is left out of it."""
     tokenizer = load(write(tmp_path, "model, user symbols"))
@@ -230,7 +243,10 @@ def file(name: str, content: bytes) -> Any:
         (file("tokenizer.json", b"\xff\xfe"), "cannot be read as JSON"),
         (file("tokenizer.json", b"[]"), "no object"),
         (file("tokenizer.json", b"{}"), "is not a tokenizer.json"),
-        (file("tokenizer.json", b'{"added_tokens": [], "model": {"type": "X"}}'), "is not a tokenizer.json"),
+        (
+            file("tokenizer.json", b'{"added_tokens": [], "model": {"type": "X"}}'),
+            "is not a tokenizer.json",
+        ),
         (file("tokenizer.model", b""), "empty"),
         (file("tokenizer.model", b"not a model"), "sentencepiece"),
         (file("tokenizer.model", sentencepiece_model()[:-500]), "sentencepiece"),
