@@ -1,7 +1,7 @@
-"""What a DeepSeek V4 checkpoint says about itself: config.json, checked, frozen, with the layer schedule.
+"""What a DeepSeek V4 checkpoint says about itself: config.json, checked, and the layer schedule.
 
 Attribute names are the keys of config.json. A key that could change the mathematics and is not
-understood is an error; keys that cannot are listed in `HARMLESS`. Knows nothing of weights or machines.
+understood is an error; keys that cannot are listed in `HARMLESS`. Knows nothing of machines.
 Source: config.json of DeepSeek-V4-Flash and -Pro, and their inference/model.py.
 """
 
@@ -31,31 +31,78 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Keys with the only values this engine computes. Absent is fine: the family has no other value."""
 
-HARMLESS = frozenset({
-    "architectures", "attention_dropout", "initializer_range", "torch_dtype", "dtype", "use_cache",
-    "transformers_version", "pad_token_id", "_name_or_path", "quantization_config", "id2label",
-    "label2id", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-    "tokenizer_class", "chunk_size_feed_forward", "is_encoder_decoder", "output_attentions",
-    "output_hidden_states", "return_dict", "problem_type", "mlp_bias",
-})
+HARMLESS = frozenset(
+    {
+        "architectures",
+        "attention_dropout",
+        "initializer_range",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "transformers_version",
+        "pad_token_id",
+        "_name_or_path",
+        "quantization_config",
+        "id2label",
+        "label2id",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "tokenizer_class",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "problem_type",
+        "mlp_bias",
+    }
+)
 """Keys that say nothing about inference mathematics (quantization_config is checked apart)."""
 
-CHECKED_APART = frozenset({
-    "compress_ratios", "rope_scaling", "layer_types", "compress_rate_csa", "compress_rate_hca",
-    "num_nextn_predict_layers",
-})
+CHECKED_APART = frozenset(
+    {
+        "compress_ratios",
+        "rope_scaling",
+        "layer_types",
+        "compress_rate_csa",
+        "compress_rate_hca",
+        "num_nextn_predict_layers",
+    }
+)
 
 INTEGERS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_hash_layers", "num_attention_heads",
-    "head_dim", "qk_rope_head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window",
-    "index_n_heads", "index_head_dim", "index_topk", "n_routed_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings",
-    "bos_token_id", "eos_token_id",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_hash_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
 )
 MAY_BE_ZERO = frozenset({"num_hash_layers", "bos_token_id", "eos_token_id"})
 
 FLOATS = (
-    "rms_norm_eps", "hc_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor",
+    "rms_norm_eps",
+    "hc_eps",
+    "rope_theta",
+    "compress_rope_theta",
+    "routed_scaling_factor",
     "swiglu_limit",
 )
 
@@ -68,7 +115,7 @@ LAYER_TYPES = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN parameters; applied in compressed layers only, always on, without an attention factor."""
+    """YaRN parameters; applied in compressed layers only, always on, no attention factor."""
 
     factor: float
     beta_fast: float
@@ -144,7 +191,7 @@ class ModelConfig:
     layers: tuple[LayerPlan, ...]
     """The main model's schedule, one entry per layer."""
     mtp_layers: tuple[LayerPlan, ...] = ()
-    """Draft layers of the MTP kind (ratio 0, score-routed); empty when there are none we can run."""
+    """Draft layers of the MTP kind (ratio 0, score-routed); empty when there are none to run."""
     dspark: bool = False
     """The draft tensors are DSpark's: recognised, set aside, not loaded."""
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -184,8 +231,12 @@ class ModelConfig:
         dspark = any(key.startswith("dspark_") for key in raw)
         layers, mtp_layers = _schedule(raw, values, dspark)
         return ModelConfig(
-            **values, rope_scaling=_rope_scaling(raw), layers=layers, mtp_layers=mtp_layers,
-            dspark=dspark, raw=dict(raw),
+            **values,
+            rope_scaling=_rope_scaling(raw),
+            layers=layers,
+            mtp_layers=mtp_layers,
+            dspark=dspark,
+            raw=dict(raw),
         )
 
 
@@ -216,8 +267,11 @@ def _check_quantization(quantization: Any) -> None:
     if quantization is None:
         return
     expected: dict[str, Any] = {
-        "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0",
-        "weight_block_size": [128, 128], "activation_scheme": "dynamic",
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
     }
     if not isinstance(quantization, dict):
         raise ConfigError(f"config.json: quantization_config is {quantization!r}; need an object")
@@ -255,7 +309,9 @@ def _check_shapes(v: dict[str, Any]) -> None:
     need(heads % groups == 0, f"{heads} attention heads in {groups} o_groups", "equal groups")
     need(rope % 2 == 0, f"qk_rope_head_dim is {rope}", "an even number")
     need(rope <= v["head_dim"], f"head_dim is {v['head_dim']}", f"at least qk_rope_head_dim {rope}")
-    need(rope <= v["index_head_dim"], f"index_head_dim is {v['index_head_dim']}", f"at least {rope}")
+    need(
+        rope <= v["index_head_dim"], f"index_head_dim is {v['index_head_dim']}", f"at least {rope}"
+    )
     need(
         v["num_experts_per_tok"] <= v["n_routed_experts"],
         f"num_experts_per_tok is {v['num_experts_per_tok']}",
@@ -273,7 +329,12 @@ def _rope_scaling(raw: dict[str, Any]) -> RopeScaling:
     if kind != "yarn":
         raise ConfigError(f"config.json: rope_scaling.type is {kind!r}; only 'yarn' is computed")
     known = {
-        "type", "rope_type", "factor", "beta_fast", "beta_slow", "original_max_position_embeddings",
+        "type",
+        "rope_type",
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "original_max_position_embeddings",
     }
     unknown = sorted(set(scaling) - known)
     if unknown:
@@ -335,9 +396,9 @@ def _check_layer_types(raw: dict[str, Any], layers: tuple[LayerPlan, ...]) -> No
                 )
     for key, indexed in (("compress_rate_csa", True), ("compress_rate_hca", False)):
         for plan in layers:
-            if key in raw and plan.compressed and plan.indexed == indexed:
-                if raw[key] != plan.ratio:
-                    raise ConfigError(
-                        f"config.json: {key} is {raw[key]!r} but compress_ratios[{plan.index}] is "
-                        f"{plan.ratio}"
-                    )
+            concerned = plan.compressed and plan.indexed == indexed
+            if concerned and raw.get(key, plan.ratio) != plan.ratio:
+                raise ConfigError(
+                    f"config.json: {key} is {raw[key]!r} but compress_ratios[{plan.index}] is "
+                    f"{plan.ratio}"
+                )

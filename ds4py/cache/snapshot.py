@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ds4py.cache.state import Frontier, SequenceState
 from ds4py.errors import InputError
+from ds4py.kernels.ops import Array, Ops
 
 VERSION = 1
 
@@ -41,10 +42,8 @@ def save(
     _write_atomically(path, data)
 
 
-def load(
-    path: Path, state: SequenceState, identity: str
-) -> tuple[list[int], mx.array | None]:
-    """Fill an empty `state` from a file -> token ids, logits. Raises InputError, state unchanged."""
+def load(path: Path, state: SequenceState, identity: str) -> tuple[list[int], mx.array | None]:
+    """Fill an empty `state` from a file -> token ids, logits. Raises InputError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -73,36 +72,36 @@ def load(
 def _fill(
     state: SequenceState, arrays: dict[str, npt.NDArray[Any]], position: int
 ) -> tuple[list[int], mx.array | None]:
-    empty = state.frontier
+    empty, ops = state.frontier, state.ops
     tokens = [int(t) for t in arrays["tokens"]]
     if position < 0 or len(tokens) != position:
         raise ValueError(f"{len(tokens)} tokens for position {position}")
     values, rows = {}, {}
     for s in state.series:
-        values[s.name] = _array(arrays[f"values.{s.name}"], empty.values[s.name])
+        values[s.name] = _array(ops, arrays[f"values.{s.name}"], empty.values[s.name])
         data = state.rows[s.name].data
         rows[s.name] = _array(
-            arrays[f"rows.{s.name}"], data, (data.shape[0], s.count(position), s.width)
+            ops, arrays[f"rows.{s.name}"], data, (data.shape[0], s.count(position), s.width)
         )
-    window = _array(arrays["window"], empty.window)
+    window = _array(ops, arrays["window"], empty.window)
     logits = mx.array(arrays["logits"]) if "logits" in arrays else None
     for name, array in rows.items():
         state.rows[name].write(0, array)
     state.restore(Frontier(position, window, values))
-    mx.eval(state.arrays())  # the file's arrays are taken over before it may change
+    mx.eval(state.pending())  # nothing lazy still refers to the file's arrays
     return tokens, logits
 
 
-def _bits(x: mx.array) -> npt.NDArray[Any]:
+def _bits(x: Array) -> npt.NDArray[Any]:
     """A contiguous host copy; bfloat16 as uint16."""
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, order="C")
 
 
 def _array(
-    bits: npt.NDArray[Any], like: mx.array, shape: tuple[int, ...] | None = None
-) -> mx.array:
+    ops: Ops, bits: npt.NDArray[Any], like: Array, shape: tuple[int, ...] | None = None
+) -> Array:
     shape = tuple(like.shape) if shape is None else shape
-    x = mx.array(bits)
+    x = ops.array(bits)
     x = x.view(mx.bfloat16) if like.dtype == mx.bfloat16 else x
     if tuple(x.shape) != shape or x.dtype != like.dtype:
         raise ValueError(f"an array is {x.dtype}{list(x.shape)}, not {like.dtype}{list(shape)}")

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import mlx.core as mx
-
 from ds4py.cache.rows import RowStore
 from ds4py.config import LayerPlan, ModelConfig
+from ds4py.kernels.ops import Array, Dtype, Ops
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,11 @@ def series_of(config: ModelConfig, plans: Sequence[LayerPlan]) -> tuple[Series, 
 class LayerDelta:
     """What one layer adds for S new tokens."""
 
-    window: mx.array
+    window: Array
     """[S, head_dim], rotated and rounded."""
-    values: dict[str, mx.array] = field(default_factory=dict)
+    values: dict[str, Array] = field(default_factory=dict)
     """Per series: values and scores of the new tokens, [S, 2*c*d] float32 (scores include APE)."""
-    rows: dict[str, mx.array] = field(default_factory=dict)
+    rows: dict[str, Array] = field(default_factory=dict)
     """Per series: rows completed by the new tokens, [n, d]; absent when n is 0."""
 
 
@@ -72,7 +71,7 @@ class Delta:
 
     n_tokens: int
     layers: list[LayerDelta]
-    streams: mx.array
+    streams: Array
     """[S, H, D] after the last layer, before the head: the draft layer's input."""
 
 
@@ -82,47 +81,46 @@ class Frontier:
 
     position: int
     """Tokens taken so far."""
-    window: mx.array
+    window: Array
     """The last W-1 rows of every layer, oldest first, [L, W-1, head_dim]."""
-    values: dict[str, mx.array]
+    values: dict[str, Array]
     """Per series: the last c*r - 1 tokens' values and scores, [layers, c*r - 1, 2*c*d] float32.
     Before the sequence: value 0, score -inf."""
-
-    def arrays(self) -> list[mx.array]:
-        return [self.window, *self.values.values()]
 
 
 class SequenceState:
     """The mutable state of one sequence. Not shared between threads."""
 
-    def __init__(self, config: ModelConfig, plans: Sequence[LayerPlan], dtype: mx.Dtype):
+    def __init__(self, ops: Ops, config: ModelConfig, plans: Sequence[LayerPlan], dtype: Dtype):
+        self.ops = ops
         self.series = series_of(config, plans)
-        self.rows = {s.name: RowStore(len(s.layers), s.width, dtype) for s in self.series}
+        self.rows = {s.name: RowStore(ops, len(s.layers), s.width, dtype) for s in self.series}
         self.slot = {(s.name, layer): i for s in self.series for i, layer in enumerate(s.layers)}
         self._window_shape = (len(plans), config.sliding_window - 1, config.head_dim)
         self._dtype = dtype
         self.frontier = self._empty()
 
     def _empty(self) -> Frontier:
-        values = {}
+        ops, values = self.ops, {}
         for s in self.series:
             half = (len(s.layers), s.history, s.overlap * s.width)
-            values[s.name] = mx.concatenate([mx.zeros(half), mx.full(half, -mx.inf)], axis=-1)
-        return Frontier(0, mx.zeros(self._window_shape, self._dtype), values)
+            zero = ops.zeros(half, ops.wide)
+            values[s.name] = ops.concatenate([zero, zero - float("inf")], axis=-1)
+        return Frontier(0, ops.zeros(self._window_shape, self._dtype), values)
 
     @property
     def position(self) -> int:
         return self.frontier.position
 
-    def window(self, layer: int) -> mx.array:
+    def window(self, layer: int) -> Array:
         """The last W-1 rows, [W-1, head_dim]."""
         return self.frontier.window[layer]
 
-    def values(self, name: str, layer: int) -> mx.array:
+    def values(self, name: str, layer: int) -> Array:
         """One compressor's history, [c*r - 1, 2*c*d]."""
         return self.frontier.values[name][self.slot[name, layer]]
 
-    def committed_rows(self, name: str, layer: int) -> mx.array:
+    def committed_rows(self, name: str, layer: int) -> Array:
         """One compressor's rows, [capacity, d]; only the first `count(position)` mean anything."""
         return self.rows[name].data[self.slot[name, layer]]
 
@@ -131,19 +129,19 @@ class SequenceState:
         assert 0 <= n_tokens <= delta.n_tokens
         if n_tokens == 0:
             return
-        old = self.frontier
+        ops, old = self.ops, self.frontier
         end = old.position + n_tokens
         values = {}
         for s in self.series:
             parts = [delta.layers[layer] for layer in s.layers]
-            new = mx.stack([part.values[s.name][:n_tokens] for part in parts])
-            values[s.name] = _last(old.values[s.name], new, s.history)
+            new = ops.stack([part.values[s.name][:n_tokens] for part in parts])
+            values[s.name] = _last(ops, old.values[s.name], new, s.history)
             n_rows = s.count(end) - s.count(old.position)
             if n_rows:
-                rows = mx.stack([part.rows[s.name][:n_rows] for part in parts])
+                rows = ops.stack([part.rows[s.name][:n_rows] for part in parts])
                 self.rows[s.name].write(s.count(old.position), rows)
-        window = mx.stack([part.window[:n_tokens] for part in delta.layers])
-        window = _last(old.window, window, old.window.shape[1])
+        window = ops.stack([part.window[:n_tokens] for part in delta.layers])
+        window = _last(ops, old.window, window, old.window.shape[1])
         self.frontier = Frontier(end, window, values)  # the one assignment that makes it real
 
     def restore(self, frontier: Frontier) -> None:
@@ -154,17 +152,21 @@ class SequenceState:
         """Back to the empty sequence."""
         self.frontier = self._empty()
 
-    def arrays(self) -> list[mx.array]:
-        """All arrays, to be evaluated together so that no graph grows over steps."""
-        return [*self.frontier.arrays(), *(store.data for store in self.rows.values())]
+    def pending(self) -> list[Array]:
+        """The arrays to evaluate after a commit, so that no graph grows over steps."""
+        return self._arrays() if self.ops.lazy else []
 
     @property
     def n_bytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays())
+        return sum(int(array.nbytes) for array in self._arrays())
+
+    def _arrays(self) -> list[Array]:
+        rows = [store.data for store in self.rows.values()]
+        return [self.frontier.window, *self.frontier.values.values(), *rows]
 
 
-def _last(old: mx.array, new: mx.array, n: int) -> mx.array:
+def _last(ops: Ops, old: Array, new: Array, n: int) -> Array:
     """The last n entries of old followed by new, along axis 1."""
     if new.shape[1] >= n:
         return new[:, new.shape[1] - n :]
-    return mx.concatenate([old[:, new.shape[1] :], new], axis=1)
+    return ops.concatenate([old[:, new.shape[1] :], new], axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import mlx.core as mx
 
@@ -24,6 +25,9 @@ def decode(
         logits, delta = model.step(token[None], state)
         state.commit(delta, 1)
         following = sampler(logits[-1], state.position)
-        mx.async_eval(following, logits, *state.arrays())  # bounds the graph to one step
-        yield int(token.item()), logits  # waits for the step before, not for the one just launched
+        mx.async_eval(following, logits, *state.pending())  # bounds the graph to one step
+        yield (
+            cast(int, token.item()),
+            logits,
+        )  # waits for the step before, not for the one just launched
         token = following

@@ -65,23 +65,22 @@ class Engine:
                 f"context is {self.context}; this model was made for at most "
                 f"{self.config.max_position_embeddings} tokens"
             )
-        dense = build.dense_for(options.kernels)
-        dtype = (
-            build.default_dtype() if options.dtype == "auto" else getattr(mx, options.dtype)
-        )
+        ops, dtype = build.choose(options.kernels, options.dtype)
         if options.memory is not None:
-            itemsize = 4 if dense.name == "blas" else dtype.size
+            itemsize = ops.zeros((1,), dtype).nbytes
             memory.check_budget(self.config, options.memory, self.context, itemsize)
         has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
         self.tokenizer: Tokenizer | None = tokenizers.load(directory) if has_tokenizer else None
         checkpoint = Checkpoint(directory, self.config, progress)
-        self._loader = Loader(checkpoint, dense, dtype, options.trained_rounding)
+        self._loader = Loader(checkpoint, ops, dtype, options.trained_rounding)
         self.model = self._loader.transformer()
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0}
 
     @classmethod
     def open(
-        cls, path_or_name: str | os.PathLike[str], options: EngineOptions | None = None,
+        cls,
+        path_or_name: str | os.PathLike[str],
+        options: EngineOptions | None = None,
         progress: Progress | None = None,
     ) -> Engine:
         """Load a model directory in DeepSeek's layout, or the embedded model by name.
@@ -125,9 +124,9 @@ class Engine:
         for start in range(0, len(tokens) - 1, chunk):
             end = min(start + chunk, len(tokens) - 1)
             following = mx.array([int(t) for t in tokens[start + 1 : end + 1]])
-            logits, delta = draft.step(mx.array(streams[start:end]), following, state)
+            logits, delta = draft.step(draft.ops.array(streams[start:end]), following, state)
             state.commit(delta, end - start)
-            mx.eval(logits, *state.arrays())  # bounds the graph to one chunk
+            mx.eval(logits, *state.pending())  # bounds the graph to one chunk
             rows.append(np.array(logits))
         return np.concatenate(rows)
 
@@ -146,9 +145,10 @@ class Engine:
             part = mx.array(ids[state.position : state.position + n])
             out, delta = self.model.step(part, state)
             state.commit(delta, n)
-            mx.eval(out, delta.streams, *state.arrays())  # bounds the graph to one chunk
+            part_streams = self.model.ops.to_mlx(delta.streams).astype(mx.float32)
+            mx.eval(out, part_streams, *state.pending())  # bounds the graph to one chunk
             logits.append(np.array(out))
-            streams.append(np.array(delta.streams.astype(mx.float32)))
+            streams.append(np.array(part_streams))
         return np.concatenate(logits), np.concatenate(streams)
 
     @cached_property
@@ -162,15 +162,23 @@ class Engine:
         digest.update(entries["norm.weight"].read().tobytes())
         for plan in self.config.layers:  # every layer's own numbers, without reading all weights
             digest.update(entries[f"layers.{plan.index}.attn_norm.weight"].read().tobytes())
-        numerics = f"{self.model.dtype} {self.model.dense.name} {self.options.trained_rounding}"
+        numerics = f"{self._dtype_name} {self.model.ops.name} {self.options.trained_rounding}"
         return f"{digest.hexdigest()} {numerics}"
+
+    @property
+    def _dtype_name(self) -> str:
+        return (
+            np.dtype(self.model.dtype).name
+            if self.model.ops.name == "host"
+            else (str(self.model.dtype).removeprefix("mlx.core."))
+        )
 
     def stats(self) -> dict[str, Any]:
         """Counters since the model was opened, and what it is."""
         return {
             "model": self.name,
-            "dtype": str(self.model.dtype).removeprefix("mlx.core."),
-            "products": self.model.dense.name,
+            "dtype": self._dtype_name,
+            "operations": self.model.ops.name,
             "device": "gpu" if build.metal_available() else "cpu",
             "context": self.context,
             "parameters": memory.n_parameters(self.config),

@@ -13,7 +13,7 @@ BINARY = {"KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
 
 
 def parse_size(text: str) -> int:
-    """"24GB", "512 MiB", "1.5T", "4096" -> bytes. Raises OptionsError."""
+    """ "24GB", "512 MiB", "1.5T", "4096" -> bytes. Raises OptionsError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text.upper())
     if not match or float(match[1]) <= 0:
         raise OptionsError(f"memory is {text!r}; need a size such as 24GB or 512MiB")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
@@ -88,7 +88,7 @@ class Session:
 
     def logits(self) -> list[float]:
         """Next-token logits, [V]. Raises PromptError on an empty session."""
-        return [float(x) for x in self._next_logits()[0].tolist()]
+        return cast(list[float], self._next_logits()[0].tolist())
 
     def generate(self, options: SamplingOptions | None = None) -> Iterator[Token]:
         """Sample until the model stops, a stop string appears, or a limit is reached.
@@ -114,9 +114,7 @@ class Session:
 
     def save(self, path: Path | str) -> None:
         """Write a snapshot that `Engine.restore` continues bit for bit. Raises InputError."""
-        snapshot.save(
-            Path(path), self._state, self._tokens, self._logits, self._engine.identity
-        )
+        snapshot.save(Path(path), self._state, self._tokens, self._logits, self._engine.identity)
 
     def load(self, path: Path | str) -> None:
         """Take over a snapshot's state. Raises InputError; the session is then as before."""
@@ -208,7 +206,7 @@ class Session:
             ids = mx.array(tokens[here:end])
             logits, delta = self._model.step(ids, self._state, int(end == len(tokens)))
             self._state.commit(delta, end - here)
-            mx.eval(logits, *self._state.arrays())  # bounds the graph to one chunk
+            mx.eval(logits, *self._state.pending())  # bounds the graph to one chunk
             self._tokens += tokens[here:end]
             self._logits = logits if end == len(tokens) else None
             self._checkpoints.add(self._state.frontier)
@@ -218,4 +216,6 @@ class Session:
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -23,9 +23,18 @@ MAX_HEADER_BYTES = 256 << 20
 """Flash's largest header is 8 MB; a length beyond this is not a safetensors file."""
 
 STORAGE: dict[str, type[np.generic]] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64,
-    "I32": np.int32, "I16": np.int16, "I8": np.uint8, "U8": np.uint8, "BOOL": np.uint8,
-    "F8_E4M3": np.uint8, "F8_E8M0": np.uint8,
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.uint8,
+    "U8": np.uint8,
+    "BOOL": np.uint8,
+    "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8,
 }
 """numpy type that holds each dtype's bits; formats numpy lacks come back as raw bits."""
 

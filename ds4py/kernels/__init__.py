@@ -1,5 +1,4 @@
-"""One operation per name, with its reference in plain MLX. Knows arrays, nothing of checkpoints.
+"""One operation per name, written once against `ops.Ops`: MLX arrays, or numpy's on a CPU.
 
-Nothing here evaluates, with one exception: `dense.BlasDense` hands matrix products to the host's
-BLAS, because MLX's CPU back end reaches 3 GFLOP/s where the BLAS reaches 100.
+Knows arrays, nothing of checkpoints. Nothing here evaluates a lazy array.
 """

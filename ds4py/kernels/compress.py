@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from ds4py.kernels.ops import Array, Ops
 
 
-def pool(u: mx.array, z: mx.array, ratio: int, overlap: int) -> mx.array:
+def pool(ops: Ops, u: Array, z: Array, ratio: int, overlap: int) -> Array:
     """Whole windows of values u and scores z [n_tokens, overlap*d] float32 -> rows [n, d].
 
     overlap 1: n_tokens = n*ratio. overlap 2: n_tokens = (n+1)*ratio; row j pools the second half
@@ -16,7 +16,7 @@ def pool(u: mx.array, z: mx.array, ratio: int, overlap: int) -> mx.array:
     z = z.reshape(u.shape)
     if overlap == 2:
         d = u.shape[-1] // 2
-        u = mx.concatenate([u[:-1, :, :d], u[1:, :, d:]], axis=1)
-        z = mx.concatenate([z[:-1, :, :d], z[1:, :, d:]], axis=1)
-    weight = mx.exp(z - mx.max(z, axis=1, keepdims=True))
-    return mx.sum(weight * u, axis=1) / mx.sum(weight, axis=1)
+        u = ops.concatenate([u[:-1, :, :d], u[1:, :, d:]], axis=1)
+        z = ops.concatenate([z[:-1, :, :d], z[1:, :, d:]], axis=1)
+    weight = ops.exp(z - z.max(1, keepdims=True))
+    return (weight * u).sum(1) / weight.sum(1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from ds4py.kernels.ops import Array, Ops
 
 
-def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+def rms_norm(ops: Ops, x: Array, weight: Array | None, eps: float) -> Array:
     """x * rsqrt(mean(x^2) + eps) * weight in float32, one cast back to x.dtype; any [..., D]."""
-    x32 = x.astype(mx.float32)
-    y = x32 * mx.rsqrt(mx.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    x32 = x.astype(ops.wide)
+    y = x32 / ops.sqrt((x32 * x32).mean(-1, keepdims=True) + eps)
     return (y if weight is None else y * weight).astype(x.dtype)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from ds4py.config import ModelConfig
+from ds4py.kernels.ops import Array, Ops
 
 F32 = npt.NDArray[np.float32]
 
@@ -26,7 +26,9 @@ def frequencies(config: ModelConfig, compressed: bool) -> F32:
     """
     dim = config.qk_rope_head_dim
     base = config.compress_rope_theta if compressed else config.rope_theta
-    f = (1.0 / base ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+    f = (1.0 / base ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(
+        np.float32
+    )
     if not compressed:
         return f
     yarn = config.rope_scaling
@@ -45,29 +47,28 @@ def frequencies(config: ModelConfig, compressed: bool) -> F32:
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and signed sin per position and channel, [S, width]; channels before the tail are 1, 0."""
+    """cos and signed sin per position and channel, [S, width]; 1 and 0 before the tail."""
 
-    cos: mx.array
-    sin: mx.array
-    swap: mx.array
+    cos: Array
+    sin: Array
+    swap: Array
     """Index of each channel's partner in its pair, [width]."""
 
 
-def rotation(positions: npt.NDArray[np.int64], freqs: F32, width: int) -> Rotation:
+def rotation(ops: Ops, positions: npt.NDArray[np.int64], freqs: F32, width: int) -> Rotation:
     """Tables for rows of `width` channels at `positions` [S] (absolute, 0-based)."""
     angle = (positions.astype(np.float32)[:, None] * freqs[None]).astype(np.float64)
     n_rotated = 2 * len(freqs)
-    cos = np.ones((len(positions), width), np.float32)
-    sin = np.zeros((len(positions), width), np.float32)
+    cos, sin = np.ones((len(positions), width)), np.zeros((len(positions), width))
     cos[:, width - n_rotated :] = np.repeat(np.cos(angle), 2, axis=1)
     sin[:, width - n_rotated :] = np.repeat(np.sin(angle), 2, axis=1)
     sin[:, width - n_rotated :: 2] *= -1  # even channel: a cos - b sin; odd: b cos + a sin
-    return Rotation(mx.array(cos), mx.array(sin), mx.array(np.arange(width) ^ 1))
+    return Rotation(ops.array(cos), ops.array(sin), ops.array(np.arange(width) ^ 1))
 
 
-def rotate(x: mx.array, r: Rotation, inverse: bool = False) -> mx.array:
+def rotate(ops: Ops, x: Array, r: Rotation, inverse: bool = False) -> Array:
     """Rotate x [S, width] or [S, heads, width]; computed in float32, returned in x.dtype."""
     cos, sin = (r.cos, r.sin) if x.ndim == 2 else (r.cos[:, None], r.sin[:, None])
-    x32 = x.astype(mx.float32)
-    turned = mx.take(x32, r.swap, axis=-1) * sin
+    x32 = x.astype(ops.wide)
+    turned = x32[..., r.swap] * sin
     return (x32 * cos - turned if inverse else x32 * cos + turned).astype(x.dtype)

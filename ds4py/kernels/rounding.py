@@ -6,7 +6,7 @@ orders agree only where no value sits on a boundary. Source: DeepSeek's inferenc
 
 from __future__ import annotations
 
-import mlx.core as mx
+from ds4py.kernels.ops import Array, Ops
 
 FP8_ROW_BLOCK = 64
 """Channels of a KV row that share one scale."""
@@ -15,49 +15,41 @@ FP4_ROW_BLOCK = 32
 FP8_MAX, FP4_MAX = 448.0, 6.0
 
 
-def _power_of_two_at_least(x: mx.array) -> mx.array:
+def _power_of_two_at_least(ops: Ops, x: Array) -> Array:
     """2^ceil(log2(x)) for positive normal float32, exact: from the exponent bits."""
-    bits = x.view(mx.uint32)
-    exponent = (bits + 0x7FFFFF) >> 23  # a non-zero mantissa carries into the exponent
-    return (exponent << 23).view(mx.float32)
+    exponent = (ops.float_bits(x) + 0x7FFFFF) >> 23  # a non-zero mantissa carries over
+    return ops.bits_float(exponent << 23)
 
 
-def _e4m3(x: mx.array) -> mx.array:
-    """Round float32 |x| <= 448 to the nearest E4M3 value, ties to even."""
-    bits = mx.abs(x).view(mx.uint32) >> 23
-    step = (mx.maximum(bits, 127 - 6) - 3) << 23  # spacing: 2^(e-3), never below 2^-9
-    step = step.view(mx.float32)
-    return mx.round(x / step) * step
+def _nearest(ops: Ops, x: Array, lowest_exponent: int, n_mantissa: int) -> Array:
+    """Round float32 to a small float format, ties to even; the range is the caller's to keep."""
+    biased = ops.maximum(ops.float_bits(ops.abs(x)) >> 23, 127 + lowest_exponent)
+    step = ops.bits_float((biased - n_mantissa) << 23)  # spacing of the format around x
+    return ops.round(x / step) * step
 
 
-def _e2m1(x: mx.array) -> mx.array:
-    """Round float32 |x| <= 6 to the nearest E2M1 value, ties to even."""
-    bits = mx.abs(x).view(mx.uint32) >> 23
-    step = ((mx.maximum(bits, 127) - 1) << 23).view(mx.float32)  # 0.5 below 2, then 1, 2
-    return mx.round(x / step) * step
+def _blocks(ops: Ops, x: Array, block: int, lowest: float, most: float) -> tuple[Array, Array]:
+    """x [..., D] as [..., D/block, block] over its power-of-two scales, clipped, and the scales."""
+    blocks = x.astype(ops.wide).reshape(*x.shape[:-1], -1, block)
+    amax = ops.maximum(ops.abs(blocks).max(-1, keepdims=True), lowest)
+    scale = _power_of_two_at_least(ops, amax / most)
+    return ops.minimum(ops.maximum(blocks / scale, -most), most), scale
 
 
-def fp8_round(x: mx.array, n_channels: int) -> mx.array:
+def fp8_round(ops: Ops, x: Array, n_channels: int) -> Array:
     """Round the first `n_channels` of x [..., D] to E4M3 in blocks of 64 with E8M0 scales.
 
     The rotated tail stays as it is. Computed in float32, returned in x.dtype.
     """
-    head = x[..., :n_channels].astype(mx.float32)
-    blocks = head.reshape(*head.shape[:-1], -1, FP8_ROW_BLOCK)
-    amax = mx.maximum(mx.max(mx.abs(blocks), axis=-1, keepdims=True), 1e-4)
-    scale = _power_of_two_at_least(amax * (1 / FP8_MAX))
-    rounded = _e4m3(mx.clip(blocks / scale, -FP8_MAX, FP8_MAX)) * scale
-    return mx.concatenate(
-        [rounded.reshape(head.shape).astype(x.dtype), x[..., n_channels:]], axis=-1
-    )
+    head = x[..., :n_channels]
+    blocks, scale = _blocks(ops, head, FP8_ROW_BLOCK, 1e-4, FP8_MAX)
+    rounded = _nearest(ops, blocks, -6, 3) * scale
+    rounded = rounded.reshape(head.shape).astype(x.dtype)
+    return ops.concatenate([rounded, x[..., n_channels:]], axis=-1)
 
 
-def fp4_round(x: mx.array) -> mx.array:
+def fp4_round(ops: Ops, x: Array) -> Array:
     """Hadamard transform, then E2M1 in blocks of 32 with E8M0 scales, over all of [..., d]."""
-    d = x.shape[-1]
-    turned = mx.hadamard_transform(x.astype(mx.float32), scale=d**-0.5).astype(x.dtype)
-    blocks = turned.astype(mx.float32).reshape(*x.shape[:-1], -1, FP4_ROW_BLOCK)
-    amax = mx.maximum(mx.max(mx.abs(blocks), axis=-1, keepdims=True), FP4_MAX * 2.0**-126)
-    scale = _power_of_two_at_least(amax / FP4_MAX)
-    rounded = _e2m1(mx.clip(blocks / scale, -FP4_MAX, FP4_MAX)) * scale
-    return rounded.reshape(x.shape).astype(x.dtype)
+    turned = ops.hadamard(x.astype(ops.wide)).astype(x.dtype)
+    blocks, scale = _blocks(ops, turned, FP4_ROW_BLOCK, FP4_MAX * 2.0**-126, FP4_MAX)
+    return (_nearest(ops, blocks, 0, 1) * scale).reshape(x.shape).astype(x.dtype)

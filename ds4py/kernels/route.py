@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from ds4py.kernels.ops import Array, Ops
 
 
-def scores(logits: mx.array) -> mx.array:
+def scores(ops: Ops, logits: Array) -> Array:
     """sqrt(softplus(logits)) in float32, without overflow."""
-    return mx.sqrt(mx.logaddexp(logits, mx.array(0.0)))
+    return ops.sqrt(ops.softplus(logits))
 
 
-def choose(score: mx.array, bias: mx.array, n_chosen: int) -> mx.array:
+def choose(ops: Ops, score: Array, bias: Array, n_chosen: int) -> Array:
     """The experts with the highest score + bias, ties to the lower id: [S, E] -> ids [S, k]."""
-    return mx.argsort(-(score + bias), axis=1)[:, :n_chosen]  # stable
+    return ops.argsort(-(score + bias), axis=1)[:, :n_chosen]
 
 
-def weights(score: mx.array, ids: mx.array, scaling: float) -> mx.array:
+def weights(ops: Ops, score: Array, ids: Array, scaling: float) -> Array:
     """Unbiased scores of the chosen experts, normalised, times `scaling`: [S, k] float32."""
-    chosen = mx.take_along_axis(score, ids, axis=1)
-    return chosen / mx.sum(chosen, axis=1, keepdims=True) * scaling
+    chosen = ops.take_along_axis(score, ids, axis=1)
+    return chosen / chosen.sum(1, keepdims=True) * scaling

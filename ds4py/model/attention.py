@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from ds4py.cache.state import LayerDelta
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels import attend, rounding
-from ds4py.kernels.dense import Dense, Weight
 from ds4py.kernels.norm import rms_norm
+from ds4py.kernels.ops import Array, Dtype, Ops, Weight
 from ds4py.kernels.rope import rotate
 from ds4py.model.compressor import Compressor
 from ds4py.model.indexer import Indexer
@@ -29,53 +27,56 @@ class Attention:
     layer: LayerPlan
     slot: int
     """Index into the state's layers."""
-    dense: Dense
+    ops: Ops
     w_in: Weight
-    """wq_a | wkv | compressor wkv,wgate | indexer compressor wkv,wgate | weights_proj, as present."""
+    """wq_a | wkv | compressor wkv,wgate | indexer's wkv,wgate | weights_proj, as present."""
     w_q: Weight
     """wq_b | indexer wq_b, as present."""
     wo_a: Weight
     """[o_groups, o_lora_rank, heads*head_dim/o_groups]"""
     wo_b: Weight
-    q_norm: mx.array
-    kv_norm: mx.array
-    sink: mx.array
+    q_norm: Array
+    kv_norm: Array
+    sink: Array
     compressor: Compressor | None
     indexer: Indexer | None
     trained_rounding: bool
 
-    def __call__(self, x: mx.array, plan: StepPlan) -> tuple[mx.array, LayerDelta]:
+    def __call__(self, x: Array, plan: StepPlan) -> tuple[Array, LayerDelta]:
         """x [S, D], normed -> y [S, D] and what the layer adds to the state."""
-        c, eps = self.config, self.config.rms_norm_eps
+        c, ops, eps = self.config, self.ops, self.config.rms_norm_eps
         turn = plan.compressed if self.layer.compressed else plan.sliding
-        latent, row, *compressor_inputs = self.dense.project(x, self.w_in)
-        latent = rms_norm(latent, self.q_norm, eps)  # [S, q_lora_rank]
-        query, *index_query = self.dense.project(latent, self.w_q)
+        latent, row, *compressor_inputs = ops.project(x, self.w_in)
+        latent = rms_norm(ops, latent, self.q_norm, eps)  # [S, q_lora_rank]
+        query, *index_query = ops.project(latent, self.w_q)
         q = query.reshape(-1, c.num_attention_heads, c.head_dim)
-        q = rotate(rms_norm(q, None, eps), turn)  # [S, heads, head_dim]
-        row = rotate(rms_norm(row, self.kv_norm, eps), turn)  # [S, head_dim]
+        q = rotate(ops, rms_norm(ops, q, None, eps), turn)  # [S, heads, head_dim]
+        row = rotate(ops, rms_norm(ops, row, self.kv_norm, eps), turn)  # [S, head_dim]
         if self.trained_rounding:
-            row = rounding.fp8_round(row, c.nope_head_dim)
+            row = rounding.fp8_round(ops, row, c.nope_head_dim)
         delta = LayerDelta(window=row)
         blocks = [self._window_block(row, plan)]
         if self.compressor is not None:
             self._compress(self.compressor, compressor_inputs[0], delta, plan, x.dtype)
             blocks += self._compressed_block(compressor_inputs, index_query, delta, plan, x.dtype)
-        o = attend.attend(self.dense, q, blocks, self.sink)
-        o = rotate(o, turn, inverse=True).reshape(x.shape[0], c.o_groups, -1)
-        o = self.dense.grouped(o, self.wo_a).reshape(x.shape[0], -1)
-        return self.dense.project(o, self.wo_b)[0], delta
+        o = attend.attend(ops, q, blocks, self.sink)
+        o = rotate(ops, o, turn, inverse=True).reshape(x.shape[0], c.o_groups, -1)
+        o = ops.grouped(o, self.wo_a).reshape(x.shape[0], -1)
+        return ops.project(o, self.wo_b)[0], delta
 
-    def _window_block(self, row: mx.array, plan: StepPlan) -> tuple[mx.array, mx.array]:
+    def _window_block(self, row: Array, plan: StepPlan) -> tuple[Array, Array]:
         """Each query's own W rows as an overlapping view: [S, 1, W, head_dim], valid [S, 1, W]."""
-        recent = mx.concatenate([plan.state.window(self.slot), row])  # [W-1+S, head_dim]
-        n, width, hd = plan.n_tokens, self.config.sliding_window, self.config.head_dim
-        view = mx.as_strided(recent, (n, 1, width, hd), (hd, 0, hd, 1))
-        return view, plan.window_valid
+        recent = self.ops.concatenate([plan.state.window(self.slot), row])  # [W-1+S, head_dim]
+        width = self.config.sliding_window
+        return self.ops.windows(recent, plan.n_tokens, width), plan.window_valid
 
     def _compress(
-        self, compressor: Compressor, projected: mx.array, delta: LayerDelta, plan: StepPlan,
-        dtype: mx.Dtype,
+        self,
+        compressor: Compressor,
+        projected: Array,
+        delta: LayerDelta,
+        plan: StepPlan,
+        dtype: Dtype,
     ) -> None:
         """Run one compressor over the new tokens; its values and rows go into the delta."""
         name = compressor.series.name
@@ -86,9 +87,13 @@ class Attention:
             delta.rows[name] = rows
 
     def _compressed_block(
-        self, inputs: list[mx.array], index_query: list[mx.array], delta: LayerDelta,
-        plan: StepPlan, dtype: mx.Dtype,
-    ) -> list[tuple[mx.array, mx.array]]:
+        self,
+        inputs: list[Array],
+        index_query: list[Array],
+        delta: LayerDelta,
+        plan: StepPlan,
+        dtype: Dtype,
+    ) -> list[tuple[Array, Array]]:
         """The compressed rows the queries see; none while no row is complete."""
         assert self.compressor is not None
         name = self.compressor.series.name
@@ -99,34 +104,34 @@ class Attention:
             return []
         committed = plan.state.committed_rows(name, self.slot)
         if self.indexer is None:
-            return [_all_rows(committed, new, closing.n_old, closing.visible)]
+            return [_all_rows(self.ops, committed, new, closing.n_old, closing.visible)]
         new_index_rows = delta.rows.get(self.indexer.compressor.series.name)
         ids, valid = self.indexer.select(index_query[0], inputs[2], new_index_rows, plan)
-        rows = _gather(committed, new, closing.n_old, ids)  # [S, index_topk, head_dim]
+        rows = _gather(self.ops, committed, new, closing.n_old, ids)  # [S, index_topk, head_dim]
         return [(rows[:, None], valid[:, None])]
 
 
 def _all_rows(
-    committed: mx.array, new: mx.array | None, n_old: int, visible: mx.array
-) -> tuple[mx.array, mx.array]:
+    ops: Ops, committed: Array, new: Array | None, n_old: int, visible: Array
+) -> tuple[Array, Array]:
     """Every row, tiled by its absolute number: [1, n, ROW_TILE, hd], valid [S, n, ROW_TILE]."""
     if new is not None:
-        committed = mx.concatenate([committed[:n_old], new])
+        committed = ops.concatenate([committed[:n_old], new])
         n_rows = committed.shape[0]
-        committed = mx.pad(committed, ((0, -n_rows % attend.ROW_TILE), (0, 0)))
+        committed = ops.append_zeros(committed, -n_rows % attend.ROW_TILE)
     else:
         n_rows = n_old
     n_tiles = -(-n_rows // attend.ROW_TILE)
     rows = committed[: n_tiles * attend.ROW_TILE].reshape(1, n_tiles, attend.ROW_TILE, -1)
-    valid = mx.arange(n_tiles * attend.ROW_TILE)[None] < visible
+    valid = ops.arange(n_tiles * attend.ROW_TILE)[None] < visible
     return rows, valid.reshape(-1, n_tiles, attend.ROW_TILE)
 
 
-def _gather(committed: mx.array, new: mx.array | None, n_old: int, ids: mx.array) -> mx.array:
+def _gather(ops: Ops, committed: Array, new: Array | None, n_old: int, ids: Array) -> Array:
     """Rows by number from the committed ones and the step's own: ids [S, k] -> [S, k, hd]."""
     if new is None:
         return committed[ids]
-    fresh = new[mx.maximum(ids - n_old, 0)]
+    fresh = new[ops.maximum(ids - n_old, 0)]
     if n_old == 0:
         return fresh
-    return mx.where((ids < n_old)[..., None], committed[mx.minimum(ids, n_old - 1)], fresh)
+    return ops.where((ids < n_old)[..., None], committed[ops.minimum(ids, n_old - 1)], fresh)

@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from ds4py.cache.state import Delta, LayerDelta, SequenceState
 from ds4py.config import ModelConfig
-from ds4py.kernels.dense import Dense, Weight
 from ds4py.kernels.hyper import HyperWeights, collapse_head
 from ds4py.kernels.norm import rms_norm
+from ds4py.kernels.ops import Array, Dtype, Ops, Weight
 from ds4py.model.block import Block
 from ds4py.model.plan import Frequencies, StepPlan
 
@@ -24,28 +24,30 @@ class Transformer:
     """DeepSeek V4. Stateless: the sequence is an argument of every step."""
 
     config: ModelConfig
-    dense: Dense
-    dtype: mx.Dtype
+    ops: Ops
+    dtype: Dtype
     freqs: Frequencies
-    embed: mx.array
+    embed: Array
     """[V, D]"""
     blocks: tuple[Block, ...]
     hc_head: HyperWeights
-    norm: mx.array
+    norm: Array
     head: Weight
 
     def new_state(self) -> SequenceState:
         """The empty sequence."""
-        return SequenceState(self.config, self.config.layers, self.dtype)
+        return SequenceState(self.ops, self.config, self.config.layers, self.dtype)
 
     def step(
-        self, tokens: mx.array, state: SequenceState, n_logits: int | None = None
+        self, tokens: Array, state: SequenceState, n_logits: int | None = None
     ) -> tuple[mx.array, Delta]:
         """tokens [S] after `state` -> float32 logits of the last `n_logits` positions (all by
         default) [n, V], and the delta. The state is not changed."""
-        plan = StepPlan(self.config, self.freqs, state, tokens.shape[0])
+        plan = StepPlan(self.ops, self.config, self.freqs, state, tokens.shape[0])
+        tokens = self.ops.array(tokens)
         x = self.embed[tokens]  # [S, D]
-        streams = mx.broadcast_to(x[:, None], (x.shape[0], self.config.hc_mult, x.shape[1]))
+        shape = (x.shape[0], self.config.hc_mult, x.shape[1])
+        streams = self.ops.broadcast_to(x[:, None], shape)
         deltas: list[LayerDelta] = []
         for block in self.blocks:
             streams, delta = block(streams, tokens, plan)
@@ -58,8 +60,8 @@ class Transformer:
             logits = self.logits(streams[tokens.shape[0] - n_logits :])
         return logits, Delta(tokens.shape[0], deltas, streams)
 
-    def logits(self, streams: mx.array) -> mx.array:
+    def logits(self, streams: Array) -> mx.array:
         """streams [n, H, D] -> float32 [n, V]."""
-        x = collapse_head(self.dense, streams, self.hc_head)
-        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
-        return self.dense.project(x, self.head)[0]
+        x = collapse_head(self.ops, streams, self.hc_head)
+        x = rms_norm(self.ops, x, self.norm, self.config.rms_norm_eps)
+        return self.ops.to_mlx(self.ops.project(x, self.head)[0])

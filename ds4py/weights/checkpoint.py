@@ -31,7 +31,8 @@ class Checkpoint:
         """Raises WeightsError for missing, left over or misshapen tensors, naming them."""
         self.directory, self.config, self.progress = directory, config, progress
         self.entries = {
-            name: entry for name, entry in read_directory(directory).items()
+            name: entry
+            for name, entry in read_directory(directory).items()
             if not names.is_set_aside(name, config)
         }
         self.has_draft = any(name.startswith("mtp.") for name in self.entries)
@@ -93,12 +94,10 @@ def _check(directory: Path, entries: dict[str, TensorEntry], shapes: names.Shape
         )
 
 
-def _check_tensor(
-    name: str, shape: tuple[int, ...], entries: dict[str, TensorEntry]
-) -> str | None:
+def _check_tensor(name: str, shape: tuple[int, ...], entries: dict[str, TensorEntry]) -> str | None:
     """Shape and dtype of one tensor; the name of its scale tensor if it has one."""
     entry = entries[name]
-    allowed = INTEGERS if name.endswith("tid2eid") else FLOATS
+    allowed: tuple[str, ...] = INTEGERS if name.endswith("tid2eid") else FLOATS
     if name.endswith(".weight") and len(shape) == 2:
         allowed = FLOATS + BLOCKS
     if entry.dtype not in allowed:

@@ -1,21 +1,23 @@
-"""Building the model from a checkpoint, tensor by tensor: peak memory is the model plus one tensor."""
+"""Building the model from a checkpoint, tensor by tensor.
+
+Peak memory is the model plus one tensor.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from ds4py.cache.state import Series, series_of
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.errors import ConfigError
-from ds4py.kernels.dense import F32, Dense, Weight
 from ds4py.kernels.hyper import HyperWeights
+from ds4py.kernels.ops import F32, Array, Dtype, Ops, Weight
 from ds4py.kernels.rounding import FP4_ROW_BLOCK, FP8_ROW_BLOCK
 from ds4py.model.attention import Attention
 from ds4py.model.block import Block
-from ds4py.model.compressor import Compressor, padded_ape
+from ds4py.model.compressor import Compressor
 from ds4py.model.indexer import Indexer
 from ds4py.model.moe import MoE, ResidentExperts
 from ds4py.model.mtp import DraftLayer
@@ -29,30 +31,36 @@ class Loader:
     """Reads a checkpoint into modules of one numeric type on one `Dense`."""
 
     checkpoint: Checkpoint
-    dense: Dense
-    dtype: mx.Dtype
+    ops: Ops
+    dtype: Dtype
     trained_rounding: bool
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.checkpoint.config
         self.freqs = Frequencies(self.config)
-        self.experts = ResidentExperts(self.dense, self.config.swiglu_limit)
+        self.experts = ResidentExperts(self.ops, self.config.swiglu_limit)
         if self.trained_rounding:
             _check_rounding(self.config)
 
     def transformer(self) -> Transformer:
         """The main model."""
         c, checkpoint = self.config, self.checkpoint
-        embed = mx.array(checkpoint.floats("embed.weight")).astype(self.dtype)
+        embed = self.ops.array(checkpoint.floats("embed.weight")).astype(self.dtype)
         series = series_of(c, c.layers)
         blocks = tuple(
             self._block(f"layers.{plan.index}", plan, slot, series)
             for slot, plan in enumerate(c.layers)
         )
         model = Transformer(
-            config=c, dense=self.dense, dtype=self.dtype, freqs=self.freqs, embed=embed,
-            blocks=blocks, hc_head=self._hyper("hc_head"), norm=self._vector("norm.weight"),
-            head=self.dense.pack([(checkpoint.matrix("head"), mx.float32)]),
+            config=c,
+            ops=self.ops,
+            dtype=self.dtype,
+            freqs=self.freqs,
+            embed=embed,
+            blocks=blocks,
+            hc_head=self._hyper("hc_head"),
+            norm=self._vector("norm.weight"),
+            head=self.ops.pack([(checkpoint.matrix("head"), self.ops.wide)]),
         )
         return model
 
@@ -60,9 +68,15 @@ class Loader:
         """The first MTP layer; embedding and head are the main model's."""
         plan, prefix = self.config.mtp_layers[0], "mtp.0"
         return DraftLayer(
-            config=self.config, layer=plan, dense=self.dense, dtype=self.dtype, freqs=self.freqs,
-            embed=model.embed, head=model.head,
-            e_proj=self._linear(f"{prefix}.e_proj"), h_proj=self._linear(f"{prefix}.h_proj"),
+            config=self.config,
+            layer=plan,
+            ops=self.ops,
+            dtype=self.dtype,
+            freqs=self.freqs,
+            embed=model.embed,
+            head=model.head,
+            e_proj=self._linear(f"{prefix}.e_proj"),
+            h_proj=self._linear(f"{prefix}.h_proj"),
             enorm=self._vector(f"{prefix}.enorm.weight"),
             hnorm=self._vector(f"{prefix}.hnorm.weight"),
             block=self._block(prefix, plan, 0, ()),
@@ -70,24 +84,30 @@ class Loader:
             norm=self._vector(f"{prefix}.norm.weight"),
         )
 
-    def _vector(self, name: str) -> mx.array:
-        return mx.array(self.checkpoint.floats(name))
+    def _vector(self, name: str) -> Array:
+        return self.ops.array(self.checkpoint.floats(name))
 
     def _linear(self, name: str) -> Weight:
-        return self.dense.pack([(self.checkpoint.matrix(name), self.dtype)])
+        return self.ops.pack([(self.checkpoint.matrix(name), self.dtype)])
 
     def _hyper(self, prefix: str) -> HyperWeights:
         return HyperWeights(
-            fn=self.dense.pack([(self.checkpoint.floats(f"{prefix}_fn"), mx.float32)]),
-            scale=self._vector(f"{prefix}_scale"), base=self._vector(f"{prefix}_base"),
-            norm_eps=self.config.rms_norm_eps, eps=self.config.hc_eps,
+            fn=self.ops.pack([(self.checkpoint.floats(f"{prefix}_fn"), self.ops.wide)]),
+            base=self._vector(f"{prefix}_base"),
+            scale=self.ops.array(self._scale(prefix)),
+            norm_eps=self.config.rms_norm_eps,
+            eps=self.config.hc_eps,
         )
 
-    def _block(
-        self, prefix: str, plan: LayerPlan, slot: int, series: tuple[Series, ...]
-    ) -> Block:
+    def _scale(self, prefix: str) -> F32:
+        """One scale per row of fn: [pre | post | comb] share three, the head has one."""
+        scale, h = self.checkpoint.floats(f"{prefix}_scale"), self.config.hc_mult
+        return np.repeat(scale, (h, h, h * h) if len(scale) == 3 else h)
+
+    def _block(self, prefix: str, plan: LayerPlan, slot: int, series: tuple[Series, ...]) -> Block:
         return Block(
-            config=self.config, dense=self.dense,
+            config=self.config,
+            ops=self.ops,
             hc_attn=self._hyper(f"{prefix}.hc_attn"),
             attn_norm=self._vector(f"{prefix}.attn_norm.weight"),
             attn=self._attention(f"{prefix}.attn", plan, slot, series),
@@ -105,30 +125,35 @@ class Loader:
         w_q = [(read.matrix(f"{prefix}.wq_b"), self.dtype)]
         compressor = indexer = None
         if plan.compressed:
-            w_in.append((self._values(f"{prefix}.compressor"), mx.float32))
+            w_in.append((self._values(f"{prefix}.compressor"), self.ops.wide))
             attn_rounding = "fp8" if self.trained_rounding else None
             compressor = self._compressor(
                 f"{prefix}.compressor", of[f"attn{plan.ratio}"], attn_rounding
             )
         if plan.indexed:
             name = f"{prefix}.indexer"
-            w_in.append((self._values(f"{name}.compressor"), mx.float32))
+            w_in.append((self._values(f"{name}.compressor"), self.ops.wide))
             w_in.append((read.matrix(f"{name}.weights_proj"), self.dtype))
             w_q.append((read.matrix(f"{name}.wq_b"), self.dtype))
             index_rounding = "fp4" if self.trained_rounding else None
-            rows = self._compressor(
-                f"{name}.compressor", of[f"index{plan.ratio}"], index_rounding
-            )
-            indexer = Indexer(self.dense, rows, c.index_n_heads, c.index_topk, slot)
+            rows = self._compressor(f"{name}.compressor", of[f"index{plan.ratio}"], index_rounding)
+            indexer = Indexer(self.ops, rows, c.index_n_heads, c.index_topk, slot)
         wo_a = read.matrix(f"{prefix}.wo_a").reshape(c.o_groups, c.o_lora_rank, -1)
         return Attention(
-            config=c, layer=plan, slot=slot, dense=self.dense,
-            w_in=self.dense.pack(w_in), w_q=self.dense.pack(w_q),
-            wo_a=self.dense.pack([(wo_a, self.dtype)]), wo_b=self._linear(f"{prefix}.wo_b"),
+            config=c,
+            layer=plan,
+            slot=slot,
+            ops=self.ops,
+            w_in=self.ops.pack(w_in),
+            w_q=self.ops.pack(w_q),
+            wo_a=self.ops.pack([(wo_a, self.dtype)]),
+            wo_b=self._linear(f"{prefix}.wo_b"),
             q_norm=self._vector(f"{prefix}.q_norm.weight"),
             kv_norm=self._vector(f"{prefix}.kv_norm.weight"),
             sink=self._vector(f"{prefix}.attn_sink"),
-            compressor=compressor, indexer=indexer, trained_rounding=self.trained_rounding,
+            compressor=compressor,
+            indexer=indexer,
+            trained_rounding=self.trained_rounding,
         )
 
     def _values(self, prefix: str) -> F32:
@@ -136,35 +161,50 @@ class Loader:
         matrix = self.checkpoint.matrix
         return np.concatenate([matrix(f"{prefix}.wkv"), matrix(f"{prefix}.wgate")])
 
+    def _ape(self, prefix: str) -> F32:
+        """[r, 2*c*d]: zeros for the values, the checkpoint's bias for the scores."""
+        ape = self.checkpoint.floats(f"{prefix}.ape")
+        return np.concatenate([np.zeros_like(ape), ape], axis=1)
+
     def _compressor(self, prefix: str, series: Series, rounding: str | None) -> Compressor:
         return Compressor(
-            series=series, ape=padded_ape(self.checkpoint.floats(f"{prefix}.ape")),
-            norm=self._vector(f"{prefix}.norm.weight"), eps=self.config.rms_norm_eps,
-            rounding=rounding, n_rounded=self.config.nope_head_dim,
+            ops=self.ops,
+            series=series,
+            ape=self.ops.array(self._ape(prefix)),
+            norm=self._vector(f"{prefix}.norm.weight"),
+            eps=self.config.rms_norm_eps,
+            rounding=rounding,
+            n_rounded=self.config.nope_head_dim,
         )
 
     def _feed_forward(self, prefix: str, plan: LayerPlan) -> MoE:
         c, read = self.config, self.checkpoint
         shared = f"{prefix}.shared_experts"
-        w_in = self.dense.pack([
-            (read.matrix(f"{prefix}.gate"), mx.float32),
-            (read.matrix(f"{shared}.w1"), self.dtype), (read.matrix(f"{shared}.w3"), self.dtype),
-        ])
+        w_in = self.ops.pack(
+            [
+                (read.matrix(f"{prefix}.gate"), self.ops.wide),
+                (read.matrix(f"{shared}.w1"), self.dtype),
+                (read.matrix(f"{shared}.w3"), self.dtype),
+            ]
+        )
         self.experts.weights[plan.index] = self._experts(f"{prefix}.experts")
         hashed, gate = plan.hash_routed, f"{prefix}.gate"
         return MoE(
-            config=c, layer=plan.index, dense=self.dense, w_in=w_in,
+            config=c,
+            layer=plan.index,
+            ops=self.ops,
+            w_in=w_in,
             shared_w2=self._linear(f"{shared}.w2"),
             bias=None if hashed else self._vector(f"{gate}.bias"),
-            tid2eid=mx.array(read.integers(f"{gate}.tid2eid")) if hashed else None,
+            tid2eid=self.ops.array(read.integers(f"{gate}.tid2eid")) if hashed else None,
             experts=self.experts,
         )
 
     def _experts(self, prefix: str) -> tuple[Weight, Weight]:
         c, matrix = self.config, self.checkpoint.matrix
         d, n_inner, n = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
-        w13 = self.dense.pack_experts(n, 2 * n_inner, d, self.dtype)
-        w2 = self.dense.pack_experts(n, d, n_inner, self.dtype)
+        w13 = self.ops.pack_experts(n, 2 * n_inner, d, self.dtype)
+        w2 = self.ops.pack_experts(n, d, n_inner, self.dtype)
         for e in range(n):
             w13.put(e, 0, matrix(f"{prefix}.{e}.w1"))
             w13.put(e, n_inner, matrix(f"{prefix}.{e}.w3"))

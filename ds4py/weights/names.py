@@ -1,8 +1,8 @@
 """The checkpoint's tensor names, with the shape each must have for a config.
 
-Glossary: wq_a, wq_b low-rank query; wkv the shared row; wo_a, wo_b grouped output; ape score bias by
-position in a compressor's window; hc_*_fn, _base, _scale hyper-connections; tid2eid token id ->
-expert ids; w1 gate, w3 up, w2 down. Source: DeepSeek's inference/model.py and the released headers.
+Glossary: wq_a, wq_b low-rank query; wkv the shared row; wo_a, wo_b grouped output; ape score bias
+by position in a compressor's window; hc_*_fn, _base, _scale hyper-connections; tid2eid token id ->
+expert ids; w1 gate, w3 up, w2 down. Source: DeepSeek's inference/model.py, the released headers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def is_set_aside(name: str, config: ModelConfig) -> bool:
 def _hyper_head(prefix: str, c: ModelConfig) -> Shapes:
     h = c.hc_mult
     return {
-        f"{prefix}_fn": (h, h * c.hidden_size), f"{prefix}_base": (h,), f"{prefix}_scale": (1,),
+        f"{prefix}_fn": (h, h * c.hidden_size),
+        f"{prefix}_base": (h,),
+        f"{prefix}_scale": (1,),
     }
 
 
@@ -54,7 +56,9 @@ def _hyper(prefix: str, c: ModelConfig) -> Shapes:
     h = c.hc_mult
     out = 2 * h + h * h
     return {
-        f"{prefix}_fn": (out, h * c.hidden_size), f"{prefix}_base": (out,), f"{prefix}_scale": (3,),
+        f"{prefix}_fn": (out, h * c.hidden_size),
+        f"{prefix}_base": (out,),
+        f"{prefix}_scale": (3,),
     }
 
 
