@@ -10,7 +10,8 @@ golden.npz:
     input_ids [T]                    int64
     logits_prefill [T, V]            transformers, float32, one forward pass
     mtp_logits [T-1, V]              its MTP layer: row t reads the streams of t and token t+1
-    logits_rounded [T, V]            float64 reference with the trained FP8/FP4 round trips
+    logits_rounded [T, V]            float64 reference with the trained FP8/FP4 round trips, where
+                                     float32 noise does not move them
 
 The logits come from transformers (needs the `reference` extra), those with the round trips, which
 it does not have, from tools/golden/reference64.py. Before anything is written the two are compared,
@@ -25,13 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from tools.golden import files, storage
-from tools.golden.presets import PRESETS, Tensors, config, draw, tokens
+from tools.golden.presets import PRESETS, Config, Tensors, config, draw, tokens
 from tools.golden.reference64 import Reference
 from tools.golden.transformers_model import TransformersModel
 
 # What DeepSeek's checkpoints keep in F32; every other floating point tensor may lose precision.
 ALWAYS_F32 = ("_fn", "_base", "_scale", ".ape", ".attn_sink", "gate.bias")
-COMMITTED = {"flashlike-small": 1, "fast-small": 2, "prolike-small": 3}
+# Seeds whose rounded logits are steady.
+COMMITTED = {"flashlike-small": 29, "fast-small": 18, "prolike-small": 21}
 AGREE = 1e-4  # float32 against float64, on logits of about 10
 TIE = 1e-6  # float32 noise of an indexer score
 
@@ -82,17 +84,30 @@ def make(preset_name: str, seed: int, out: Path, small: bool) -> None:
     print(f"{preset_name} seed {seed}: {checks}, closest choice {plain.closest:.1e}")
     if max(checks.values()) > AGREE or plain.closest < TIE:
         raise ValueError("not written: the implementations disagree, or a choice nearly ties")
+    arrays = {"input_ids": ids, "logits_prefill": prefill, "mtp_logits": drafts}
     rounded, _ = Reference(c, tensors, rounding=True).logits(ids)
+    if steady(c, tensors, ids, rounded):
+        arrays["logits_rounded"] = rounded.astype(np.float32)
+    else:
+        print("float32 noise moves the rounded logits of this set: they are left out")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(c, indent=1) + "\n", encoding="utf-8")
     files.write(out / "model.safetensors", stored)
-    np.savez_compressed(
-        out / "golden.npz",
-        input_ids=ids,
-        logits_prefill=prefill,
-        mtp_logits=drafts,
-        logits_rounded=rounded.astype(np.float32),
-    )
+    np.savez_compressed(out / "golden.npz", **arrays)
+
+
+def steady(c: Config, tensors: Tensors, ids: np.ndarray, rounded: np.ndarray) -> bool:
+    """Whether float32 noise before the round trips leaves 99 % of the positions where they are.
+
+    One value on the other side of a rounding boundary moves every later position, so in most
+    random sets two correct float32 programs differ visibly.
+    """
+    for seed in range(5):
+        noisy = Reference(c, tensors, rounding=True, noise=1e-6, seed=seed)
+        off = np.abs(noisy.logits(ids)[0] - rounded).max(axis=1)
+        if np.mean(off < 2e-3) < 0.99:
+            return False
+    return True
 
 
 def make_storage(out: Path) -> None:

@@ -16,7 +16,7 @@ from ds4py import Engine, EngineOptions
 from tests.golden import sets
 from tools.golden.reference64 import Reference
 
-EXACT = EngineOptions(dtype="float32", trained_rounding=False, mtp=True)
+EXACT = EngineOptions(dtype="float32", trained_rounding=False)
 ROUNDED = EngineOptions(dtype="float32", trained_rounding=True)
 TOLERANCE = 1e-4
 

@@ -17,7 +17,7 @@ from ds4py.formats.safetensors import read_directory
 from tests.golden import sets
 from tools.golden import files, storage
 
-EXACT = EngineOptions(dtype="float32", trained_rounding=False, mtp=True)
+EXACT = EngineOptions(dtype="float32", trained_rounding=False)
 PREFIX = r"(layers\.\d+|mtp\.0)\."
 # What the released checkpoints store how; every other tensor stays as it is (F32, I64).
 RELEASED = (

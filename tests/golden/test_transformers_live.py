@@ -16,7 +16,7 @@ pytestmark = [
     # the libraries' own notices about each other are not this project's errors
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-EXACT = EngineOptions(dtype="float32", trained_rounding=False, mtp=True)
+EXACT = EngineOptions(dtype="float32", trained_rounding=False)
 
 
 @pytest.mark.parametrize("seed", [11, 12])

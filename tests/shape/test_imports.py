@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Lowest first. `ds4py` itself only re-exports the engine's names, so it ranks with the engine.
+# Lowest first. The empty name is `ds4py` itself, which re-exports the engine's names.
 LAYERS = (
     {"errors"},
     {"assets", "config"},
@@ -22,9 +22,11 @@ LAYERS = (
     {"cache"},
     {"model"},
     {"weights", "experts"},
-    {"engine", ""},
+    {"engine"},
+    {""},
     {"quant", "bench", "eval", "server"},
     {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -48,7 +48,14 @@ PRESETS = {
     # two high ratios, neither a power of two, and score routing from layer 3 on a sliding layer
     "mixed": Preset((24, 4, 7, 0, 4, 24, 7), 130, window=20, topk=5),
 }
-SMALL: dict[str, Any] = {"hidden": 32, "inner": 32, "experts": 5, "experts_used": 2, "lora": 8, "vocab": 96}
+SMALL: dict[str, Any] = {
+    "hidden": 32,
+    "inner": 32,
+    "experts": 5,
+    "experts_used": 2,
+    "lora": 8,
+    "vocab": 96,
+}
 # The same schedules at sizes that fit in a repository.
 PRESETS |= {
     "flashlike-small": replace(PRESETS["flashlike"], tokens=280, **SMALL),

@@ -72,14 +72,24 @@ def hadamard(n: int) -> Array:
 class Reference:
     """One model: `logits` of a whole sequence, and `draft` of its MTP layer.
 
-    `rounding` switches the trained FP8 and FP4 round trips of stored rows on. `closest` records
-    how near the closest choice of the indexer came to a tie (a set with a near-tie is a bad set).
+    `rounding` switches the trained FP8 and FP4 round trips of stored rows on; `noise` disturbs what
+    they round by that share, as another evaluation order in float32 would. `closest` records how
+    near the closest choice of the indexer came to a tie.
     """
 
-    def __init__(self, config: Config, tensors: Tensors, rounding: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tensors: Tensors,
+        rounding: bool = False,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         self.c = config
         self.w = {n: t.astype(np.float64) if t.dtype.kind == "f" else t for n, t in tensors.items()}
         self.rounding = rounding
+        self.noise = noise
+        self.random = np.random.default_rng(seed)
         self.eps = config["rms_norm_eps"]
         self.closest = math.inf
 
@@ -189,7 +199,10 @@ class Reference:
         """What a stored attention row reads back as: FP8 except for its rotated channels."""
         if not self.rounding:
             return rows
-        return np.concatenate([fp8(rows[..., :-ROPE]), rows[..., -ROPE:]], axis=-1)
+        return np.concatenate([fp8(self.disturb(rows[..., :-ROPE])), rows[..., -ROPE:]], axis=-1)
+
+    def disturb(self, x: Array) -> Array:
+        return x * (1 + self.noise * self.random.standard_normal(x.shape)) if self.noise else x
 
     def compress(self, p: str, ratio: int, dim: int, x: Array) -> Array:
         """One rotated row [R, dim] per complete block of `ratio` tokens."""
@@ -215,7 +228,7 @@ class Reference:
         q = self.rotate(q, np.arange(t), 4)
         rows = self.compress(p + "compressor.", 4, dim, x)
         if self.rounding:
-            q, rows = fp4(q @ hadamard(dim)), fp4(rows @ hadamard(dim))
+            q, rows = (fp4(self.disturb(y @ hadamard(dim))) for y in (q, rows))
         weights = (x @ self.w[p + "weights_proj.weight"].T) * (dim * heads) ** -0.5
         scores = np.einsum("tnr,tn->tr", np.maximum(np.einsum("tnd,rd->tnr", q, rows), 0), weights)
         visible = (np.arange(t)[:, None] + 1) // 4 > np.arange(len(rows))[None]
