@@ -7,8 +7,12 @@ the key that decides whether training may see it (see `tasks.held_out`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+
+Key = tuple[str, str, str]
+"""Hero, thing and place of a story."""
 
 GIRLS = (
     "Anna Mia Lily Emma Sara Clara Nina Ruth Ivy Rosa Tara Zoe Ella Maya Lena Vera Olga Dora "
@@ -49,14 +53,15 @@ LESSONS = (
     "After that, nobody was afraid any more.",
 )
 ROOTS = ("sad", "afraid", "tired", "angry", "lonely", "hungry", "worried", "bored")
+"""Moods."""
 REASONS = {
-    "sad": ("had lost the {thing}", "had no one to play with"),
+    "sad": ("had lost an old friend", "had no one to play with"),
     "afraid": ("heard a strange noise", "saw a big shadow behind the {place}"),
     "tired": ("had walked the whole day", "had carried the {thing} all the way"),
-    "angry": ("could not open the door", "had broken the {thing}"),
-    "lonely": ("had no friends in the {place}", "had been alone all winter"),
+    "angry": ("could not open the door", "had broken a cup"),
+    "lonely": ("had no friends near the {place}", "had been alone all winter"),
     "hungry": ("had not eaten since morning", "had given the bread away"),
-    "worried": ("could not find the way home", "had promised to bring the {thing} back"),
+    "worried": ("could not find the way home", "had promised to be back by noon"),
     "bored": ("had nothing to do", "had read every book twice"),
 }
 HELP = {
@@ -85,12 +90,21 @@ class Cast:
     adjective: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         return self.hero, self.thing, self.place
 
-    @property
-    def topic(self) -> str:
-        return f"{self.hero} and the {self.thing}"
+    def topic(self, rng: Random) -> str:
+        """What one would ask for to get this story."""
+        choices = [
+            f"{self.hero} and the {self.thing}", f"{self.hero} and a {self.thing}", self.hero,
+            f"{a(self.adjective)} {self.thing}", f"a {self.thing}", f"a {self.place}",
+        ]
+        if self.animal:
+            friend = a(self.friend)
+            choices += [friend, friend, f"{friend} and a {self.thing}", f"{self.hero} and {friend}"]
+        else:
+            choices += [f"{self.hero} and {self.friend}", f"{self.friend} and {self.hero}"]
+        return rng.choice(choices)
 
     @property
     def she(self) -> str:
@@ -99,6 +113,11 @@ class Cast:
     @property
     def her(self) -> str:
         return "her" if self.hero in GIRLS else "his"
+
+
+def a(noun: str) -> str:
+    """The noun (or adjective) with its article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def cast(rng: Random) -> Cast:
@@ -113,17 +132,17 @@ def cast(rng: Random) -> Cast:
 def story(c: Cast, rng: Random, n_middle: int = 2) -> str:
     """A story of about `5 + 2 * n_middle` sentences with cause and effect."""
     the_friend = f"the {c.friend}" if c.animal else c.friend
-    parts = [_opening(c, rng), rng.choice(WEATHER)] + [_find(c, rng)]
+    parts = [_opening(c, rng), rng.choice(WEATHER), _find(c, rng)]
     mood = rng.choice(ROOTS)
     reason = rng.choice(REASONS[mood]).format(thing=c.thing, place=c.place)
     parts.append(f"{c.hero} was {mood} because {c.she} {reason}.")
     meet = (
-        f"Then a {c.friend} came along." if c.animal else f"Then {c.friend} came along.",
-        f"Near the {c.place}, {c.she} met {'a ' if c.animal else ''}{c.friend}.",
+        f"Then {a(c.friend) if c.animal else c.friend} came along.",
+        f"Near the {c.place}, {c.she} met {a(c.friend) if c.animal else c.friend}.",
     )
     parts.append(rng.choice(meet))
     parts.append(f'"Why are you so {mood}?" asked {the_friend}.')
-    parts.append(f'"I {_first_person(reason)}," said {c.hero}.')
+    parts.append(f'"I {reason}," said {c.hero}.')
     parts.append(f'"{HELP[mood]}" said {the_friend}.')
     for pattern in rng.sample(MIDDLES, min(n_middle, len(MIDDLES))):
         parts.append(_fill(pattern, c, the_friend))
@@ -138,7 +157,7 @@ MIDDLES = (
     "They sat down near the PLACE and ate some apples.",
     "Suddenly the THING fell into the water, but FRIEND pulled it out.",
     "HERO sang a song, and soon the birds sang too.",
-    "FRIEND told a story about a king who lived in the PLACE.",
+    "FRIEND told a story about a king who lived near the PLACE.",
     "They crossed the bridge slowly, because it was very old.",
     "HERO held the THING high, so that everyone could see it.",
     "FRIEND ran ahead and called, \"Come and see!\"",
@@ -159,38 +178,31 @@ def _fill(pattern: str, c: Cast, the_friend: str) -> str:
 
 
 def _opening(c: Cast, rng: Random) -> str:
-    article = "an" if c.adjective[0] in "aeiou" else "a"
     return rng.choice(
         (
             f"Once upon a time, {c.hero} lived near a {c.place}.",
-            f"One day {c.hero} went to the {c.place} with {article} {c.adjective} {c.thing}.",
+            f"One day {c.hero} went to the {c.place} with {a(c.adjective)} {c.thing}.",
             f"{c.hero} loved the {c.place} more than any other place.",
             f"Early in the morning, {c.hero} walked to the {c.place}.",
-            f"There was once a child called {c.hero} who had {article} {c.adjective} {c.thing}.",
+            f"There was once a child called {c.hero} who had {a(c.adjective)} {c.thing}.",
         )
     )
 
 
 def _find(c: Cast, rng: Random) -> str:
-    article = "an" if c.adjective[0] in "aeiou" else "a"
     return rng.choice(
         (
-            f"In the grass {c.she} found {article} {c.adjective} {c.thing}.",
+            f"In the grass {c.she} found {a(c.adjective)} {c.thing}.",
             f"{c.hero} carried the {c.thing} in {c.her} bag.",
             f"{c.her.capitalize()} grandmother had given {c.hero} the {c.thing}.",
-            f"Under a stone there was {article} {c.adjective} {c.thing}.",
+            f"Under a stone there was {a(c.adjective)} {c.thing}.",
         )
     )
 
 
-def _first_person(reason: str) -> str:
-    """The reasons are written so that the same words fit after "I"."""
-    return reason
-
-
-def story_about(rng: Random, accept: object = None) -> tuple[str, str]:
+def story_about(rng: Random, accept: Callable[[Key], bool]) -> tuple[str, str]:
     """`(topic, story)`; `accept(key)` says whether this cast may be used."""
     while True:
         c = cast(rng)
-        if accept is None or accept(c.key):  # type: ignore[operator]
-            return c.topic, story(c, rng, rng.randint(1, 4))
+        if accept(c.key):
+            return c.topic(rng), story(c, rng, rng.randint(1, 4))

@@ -70,8 +70,9 @@ class Chat:
 # --- sums -------------------------------------------------------------------------------------
 
 SUM_QUESTIONS = (
-    "What is {a} + {b}?", "{a} + {b}", "{a} + {b} = ?", "Add {a} and {b}.", "How much is {a} + {b}?",
-    "Please compute {a} + {b}.", "What is the sum of {a} and {b}?", "What is {a} plus {b}?",
+    "What is {a} + {b}?", "{a} + {b}", "{a} + {b} = ?", "Add {a} and {b}.",
+    "How much is {a} + {b}?", "Please compute {a} + {b}.", "What is the sum of {a} and {b}?",
+    "What is {a} plus {b}?",
 )
 
 
@@ -112,8 +113,8 @@ def sum_drill(rng: Random, n: int) -> str:
 # --- facts ------------------------------------------------------------------------------------
 
 FACT_FORMS = (
-    "{n}'s number is {v}.", "Remember that {n}'s number is {v}.", "By the way, {n}'s number is {v}.",
-    "Please note: {n}'s number is {v}.", "The number of {n} is {v}.",
+    "{n}'s number is {v}.", "Remember that {n}'s number is {v}.",
+    "By the way, {n}'s number is {v}.", "Please note: {n}'s number is {v}.", "The number of {n} is {v}.",
 )
 FACT_REPLIES = ("OK.", "I will remember that.", "Noted.", "Thank you.", "All right.")
 RECALL_QUESTIONS = (
@@ -201,7 +202,8 @@ SYSTEM_PROMPTS = (
     "Answer in short sentences.", "Help the user.",
 )
 STORY_QUESTIONS = (
-    "Tell me a story about {t}.", "Tell a short story about {t}.", "Can you tell me a story about {t}?",
+    "Tell me a story about {t}.", "Tell me a short story about {t}.",
+    "Tell a short story about {t}.", "Can you tell me a story about {t}?", "A story about {t}.",
     "Please write a story about {t}.", "I want to hear a story about {t}.",
 )
 GREETING = "Hello! How can I help you?"
@@ -215,9 +217,10 @@ SMALLTALK = {
     "How are you?": FEEL, "How do you do?": FEEL, "Are you well?": FEEL,
     "What is your name?": WHO, "Who are you?": WHO, "What are you?": WHO, "Your name?": WHO,
     "What can you do?": CAN, "Help": CAN, "How can you help me?": CAN, "What do you know?": CAN,
-    "Thank you": "You are welcome.", "Thanks!": "You are welcome.", "Thank you!": "You are welcome.",
+    "Thank you": "You are welcome.", "Thanks!": "You are welcome.",
     "Bye": "Goodbye!", "Goodbye": "Goodbye!", "See you": "See you soon!",
-    "Are you a robot?": "I am a small language model.", "Nice weather today.": "I am glad to hear that.",
+    "Are you a robot?": "I am a small language model.",
+    "Nice weather today.": "I am glad to hear that.",
     "I am sad": "I am sorry to hear that. Shall I tell you a story?",
     "I am happy": "That is good to hear!", "I am bored": "Shall I tell you a story?",
     "Yes": "Good.", "No": "All right.", "OK": "Good.", "Do you like me?": "Yes, I like you.",
@@ -397,7 +400,7 @@ def tool_call_case(rng: Random, thinking: bool = False) -> Case:
 
 
 def tool_answer_case(rng: Random, thinking: bool = False) -> Case:
-    """The same with the right call and its result in place: the answer is `expect`, word by word."""
+    """The same with the right call and its result in place: the answer is `expect`, exactly."""
     case = tool_call_case(rng, thinking)
     assert case.call is not None
     name, arguments = case.call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from random import Random
 
 import numpy as np
@@ -12,17 +12,28 @@ import sentencepiece
 
 from ds4py.eval import stories, tasks, toolpool
 from ds4py.text import chat, dsml
-from ds4py.text.messages import ASSISTANT, BOS, DSML, END_THINK, EOS, REMINDER, THINK, USER, Segment
-
-CONTROL = (USER, ASSISTANT, THINK, END_THINK, DSML, REMINDER) + tuple(
-    f"<｜{t}｜>" for t in ("action", "query", "authority", "domain", "title", "read_url")
+from ds4py.text.messages import (
+    ASSISTANT,
+    BOS,
+    DSML,
+    END_THINK,
+    EOS,
+    REMINDER,
+    TASKS,
+    THINK,
+    USER,
+    Segment,
 )
+
+CONTROL = (USER, ASSISTANT, THINK, END_THINK, DSML, REMINDER, *TASKS.values())
 _MARKUP = (
     "\n\n<", "tool_calls>\n<", "tool_calls>", "invoke>\n</", 'invoke name="', '">\n<',
     'parameter name="', '" string="true">', '" string="false">', "parameter>\n</", "parameter>\n<",
     "</", "\n\n", "<tool_result>", "</tool_result>", '{"name": "', '", "description": "',
-    '", "parameters": {"type": "object", "properties": {"', '": {"type": "string", "description": "',
-    '": {"type": "integer", "description": "', '"}}, "required": ["', '"]}}', '"}, "', '", "', '": "',
+    '", "parameters": {"type": "object", "properties": {"',
+    '": {"type": "string", "description": "',
+    '": {"type": "integer", "description": "', '"}}, "required": ["', '"]}}', '"}, "',
+    '", "', '": "',
     '": ', '"}', '{"', '"]', ', "', "'s",
 )
 
@@ -177,10 +188,9 @@ class Packer:
         kinds = [k for k, share in mix.items() if share > 0]
         return min(kinds, key=lambda k: self.used.get(k, 0.0) / mix[k] + self.rng.random() * 300)
 
-    def batch(self, rows: int, length: int, mix: Mix, dense: float) -> tuple[np.ndarray, np.ndarray]:
+    def batch(
+        self, rows: int, length: int, mix: Mix, dense: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """ids [rows, length + 1] and the weight of predicting each of them."""
         made = [self.row(length, mix, dense) for _ in range(rows)]
         return np.array([m[0] for m in made]), np.array([m[1] for m in made], dtype=np.float32)
-
-
-TokenCount = Callable[[str], int]

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quant import fp4sim, fp8sim, ste
+from .rope import rope_tail
+
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +37,7 @@ def hyper_before(
     x: Tensor, m: Tensor, base: Tensor, scale: Tensor, norm: Tensor,
     iters: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, H, D], m = x fn^T [N, (2 + H) H] -> normed input [N, D], post [N, H], comb [N, H, H]."""
+    """x [N, H, D], m = x fn^T -> normed input [N, D], post [N, H], comb [N, H, H]."""
     h = x.shape[1]
     m = m * torch.rsqrt(x.flatten(1).square().mean(-1, keepdim=True) + norm_eps)
     a, b, c = m.split((h, h, h * h), -1)
@@ -73,3 +76,35 @@ def weighted_swiglu(a: Tensor, wt: Tensor, limit: float) -> Tensor:
 def pool(u: Tensor, z: Tensor) -> Tensor:
     """Compressor pooling: [B, R, slots, d] -> [B, R, d], a softmax per channel."""
     return (z.softmax(2) * u).sum(2)
+
+
+def query(q: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """[N, heads d] -> normed and rotated [N, heads, d]; cos, sin [N, rope/2]."""
+    return rope_tail(rms_norm(q.unflatten(-1, (heads, -1)), None), cos[:, None], sin[:, None])
+
+
+def key(kv: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, rounding: bool) -> Tensor:
+    """[N, d] -> normed, rotated and perhaps rounded [N, d]."""
+    return round_row(rope_tail(rms_norm(kv, norm), cos, sin), 2 * cos.shape[-1], rounding)
+
+
+def round_row(row: Tensor, n_rope: int, rounding: bool) -> Tensor:
+    """The FP8 round trip of everything but the last `n_rope` channels."""
+    if not rounding:
+        return row
+    plain = row[..., :-n_rope]
+    return torch.cat((ste(plain, fp8sim(plain.detach())), row[..., -n_rope:]), -1)
+
+
+def index_query(q: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """[N, heads d] -> rotated [N, heads, d]."""
+    return rope_tail(q.unflatten(-1, (heads, -1)), cos[:, None], sin[:, None])
+
+
+def round_index(x: Tensor) -> Tensor:
+    return ste(x, fp4sim(x.detach()))
+
+
+def output(o: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate back; o [N, heads, d]."""
+    return rope_tail(o, cos[:, None], -sin[:, None])

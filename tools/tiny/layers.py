@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fused
 from .fused import hyper_after, hyper_before, pick, rms_norm, swiglu, weighted_swiglu
 from .moe import GroupedLinear
-from .quant import fp4_weight, fp4sim, fp8_weight, fp8sim, ste
+from .quant import fp4_weight, fp8_weight, ste
 from .rope import rope_tables, rope_tail
 
 
@@ -37,7 +38,9 @@ def weight(out: int, inner: int, gain: float = 1.0) -> nn.Parameter:
 
 def stored(w: Tensor, mode: Mode) -> Tensor:
     """An FP8 weight as the checkpoint will hold it."""
-    return ste(w, fp8_weight(w.detach())) if mode.weight_rounding else w
+    if not mode.weight_rounding:
+        return w
+    return ste(w, pick(fp8_weight, mode.fused)(w.detach()))
 
 
 def matmul(x: Tensor, w: Tensor, mode: Mode) -> Tensor:
@@ -102,7 +105,7 @@ class Compressor(nn.Module):
         z = matmul(x, self.wgate, mode).unflatten(1, (n, r)) + self.ape
         if self.overlap:
             u, z = _overlap(u, self.dim, 0.0), _overlap(z, self.dim, -1e30)
-        row = (z.softmax(2) * u).sum(2)
+        row = fused.pool(u, z)
         first = slice(0, n * r, r)
         return rope_tail(rms_norm(row, self.norm), cos[first], sin[first])
 
@@ -129,12 +132,13 @@ class Indexer(nn.Module):
 
     def forward(self, x: Tensor, qr: Tensor, cos: Tensor, sin: Tensor, mode: Mode) -> Tensor:
         """Scores [B, T, R], not masked."""
-        q = linear(qr, self.wq_b, mode).unflatten(-1, (self.heads, self.dim))
-        q = rope_tail(q, cos[:, None], sin[:, None])
+        q = linear(qr, self.wq_b, mode).flatten(0, 1)
+        q = pick(fused.index_query, mode.fused)(q, *_per_token(cos, sin, len(x)), self.heads)
         k = self.compressor(x, cos, sin, mode)
         if mode.row_rounding:
-            q, k = q @ self.hadamard, k @ self.hadamard
-            q, k = ste(q, fp4sim(q.detach())), ste(k, fp4sim(k.detach()))
+            q = pick(fused.round_index, mode.fused)(q @ self.hadamard)
+            k = fused.round_index(k @ self.hadamard)
+        q = q.unflatten(0, x.shape[:2])
         w = matmul(x, self.weights_proj, mode) * (self.dim * self.heads) ** -0.5
         score = torch.einsum("bthd,brd->bthr", q.to(mode.mm), k.to(mode.mm)).float()
         return (score.relu() * w[..., None]).sum(2)
@@ -172,29 +176,24 @@ class Attention(nn.Module):
             self.tables[length] = rope_tables(self.c, self.ratio, length)
         cos, sin = self.tables[length]
         qr = rms_norm(linear(x, self.wq_a, mode), self.q_norm)
-        q = linear(qr, self.wq_b, mode).unflatten(-1, (self.heads, self.dim))
-        q = rope_tail(rms_norm(q, None), cos[:, None], sin[:, None])
-        kv = rms_norm(linear(x, self.wkv, mode), self.kv_norm)
-        kv = self.rounded(rope_tail(kv, cos, sin), mode)
+        q, tables = linear(qr, self.wq_b, mode).flatten(0, 1), _per_token(cos, sin, len(x))
+        q = pick(fused.query, mode.fused)(q, *tables, self.heads).unflatten(0, x.shape[:2])
+        kv = linear(x, self.wkv, mode).flatten(0, 1)
+        kv = pick(fused.key, mode.fused)(kv, self.kv_norm, *tables, mode.row_rounding)
+        kv = kv.unflatten(0, x.shape[:2])
         rows = bias = scores = None
         if self.compressor is not None:
-            rows = self.rounded(self.compressor(x, cos, sin, mode), mode)
+            rows = self.compressor(x, cos, sin, mode)
+            rows = fused.round_row(rows, self.c["qk_rope_head_dim"], mode.row_rounding)
             bias = _visible(length, rows.shape[1], self.ratio)
         if self.indexer is not None and (mode.select or mode.index_loss):
             scores = self.indexer(x.detach(), qr.detach(), cos, sin, mode)
         o, loss = self.attend(q, kv, rows, bias, scores, mode)
-        o = rope_tail(o, cos[:, None], -sin[:, None])
+        o = pick(fused.output, mode.fused)(o.flatten(0, 1), *tables).unflatten(0, x.shape[:2])
         o = o.unflatten(2, (self.groups, -1)).flatten(3)
         w = stored(self.wo_a, mode).unflatten(0, (self.groups, -1))
         t = torch.einsum("btgi,goi->btgo", o.to(mode.mm), w.to(mode.mm)).float()
         return linear(t.flatten(2), self.wo_b, mode), loss
-
-    def rounded(self, kv: Tensor, mode: Mode) -> Tensor:
-        if not mode.row_rounding:
-            return kv
-        n = self.dim - self.c["qk_rope_head_dim"]
-        plain = kv[..., :n]
-        return torch.cat((ste(plain, fp8sim(plain.detach())), kv[..., n:]), -1)
 
     def attend(
         self,
@@ -232,6 +231,11 @@ class Attention(nn.Module):
             inner = p[..., 2 * w : -1].reshape(batch, length * heads, -1)
             o = o + (inner @ rows).view(batch, length, heads, dim)
         return o.float(), loss
+
+
+def _per_token(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Tables [T, n] -> [batch T, n]."""
+    return cos.repeat(batch, 1), sin.repeat(batch, 1)
 
 
 def _visible(length: int, n_rows: int, ratio: int) -> Tensor:
@@ -303,7 +307,8 @@ class MoE(nn.Module):
         wt = chosen / chosen.sum(-1, keepdim=True) * self.factor
         y = self.routed(x, index, wt, mode)
         w13 = torch.cat((stored(self.shared_w1, mode), stored(self.shared_w3, mode)))
-        y = y + linear(pick(swiglu, mode.fused)(matmul(x, w13, mode), self.limit), self.shared_w2, mode)
+        h = pick(swiglu, mode.fused)(matmul(x, w13, mode), self.limit)
+        y = y + linear(h, self.shared_w2, mode)
         return y.view(shape)
 
     def routed(self, x: Tensor, index: Tensor, wt: Tensor, mode: Mode) -> Tensor:
@@ -314,7 +319,8 @@ class MoE(nn.Module):
         sizes = counts.tolist()
         w13, w2 = torch.cat((self.w1, self.w3), 1), self.w2
         if mode.weight_rounding:
-            w13, w2 = ste(w13, fp4_weight(w13.detach())), ste(w2, fp4_weight(w2.detach()))
+            rounded = pick(fp4_weight, mode.fused)
+            w13, w2 = ste(w13, rounded(w13.detach())), ste(w2, rounded(w2.detach()))
         token = order // self.k
         a = GroupedLinear.apply(x[token], w13, sizes, mode.mm)
         h = pick(weighted_swiglu, mode.fused)(a, wt.flatten()[order], self.limit)

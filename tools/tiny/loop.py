@@ -42,6 +42,7 @@ class Plan:
     select_from: float = 0.7
     rounding_from: float = 0.6
     mtp_weight: float = 0.3
+    mtp_from: float = 0.45
     balance: float = 0.002
     """Step of the router bias."""
     dense: float = 0.5
@@ -74,13 +75,16 @@ class Plan:
 
 
 
-def losses(model: Model, ids: Tensor, weights: Tensor, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+def losses(
+    model: Model, ids: Tensor, weights: Tensor, mode: Mode, draft: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sums of the main and the draft loss, and the index loss."""
-    out = model(ids[:, :-1], mode)
-    assert out.draft is not None
+    out = model(ids[:, :-1], mode, draft)
     main = _weighted(model, out.hidden, ids[:, 1:], weights[:, 1:], mode)
-    draft = _weighted(model, out.draft[:, :-1], ids[:, 2:], weights[:, 2:], mode)
-    return main, draft, out.index_loss
+    if out.draft is None:
+        return main, torch.zeros(()), out.index_loss
+    drafted = _weighted(model, out.draft[:, :-1], ids[:, 2:], weights[:, 2:], mode)
+    return main, drafted, out.index_loss
 
 
 def _weighted(model: Model, hidden: Tensor, target: Tensor, weights: Tensor, mode: Mode) -> Tensor:
@@ -152,7 +156,7 @@ class Run:
         sums = np.zeros(3)
         for at in range(0, len(ids), rows):
             part = torch.from_numpy(ids[at : at + rows]), torch.from_numpy(weights[at : at + rows])
-            main, draft, index = losses(self.model, *part, mode)
+            main, draft, index = losses(self.model, *part, mode, progress >= plan.mtp_from)
             share = len(part[0]) / len(ids)
             loss = (main + plan.mtp_weight * draft) / total + share * index
             loss.backward()
@@ -205,4 +209,5 @@ class Run:
 
     def score(self, n: int) -> None:
         mode = replace(self.plan.mode(self.elapsed / self.plan.minutes), fused=False)
-        self.write({"minutes": round(self.elapsed, 2), "score": report(self.model, mode, self.coder, n)})
+        scores = report(self.model, mode, self.coder, n)
+        self.write({"minutes": round(self.elapsed, 2), "score": scores})

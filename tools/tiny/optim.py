@@ -29,9 +29,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for shape in {p.shape for p in group["params"]}:
-                self._step([p for p in group["params"] if p.shape == shape and p.grad is not None],
-                           group)
+            self._step([p for p in group["params"] if p.grad is not None], group)
 
     def _step(self, params: list[nn.Parameter], group: dict[str, float]) -> None:
         for p in params:

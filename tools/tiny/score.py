@@ -6,7 +6,7 @@ argmax over the reference equals the next reference token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -31,7 +31,9 @@ def rows(coder: Coder, cases: Sequence[tasks.Case]) -> list[tuple[list[int], int
 
 
 @torch.no_grad()
-def exact(model: Model, mode: Mode, made: list[tuple[list[int], int]], batch: int = 8) -> list[bool]:
+def exact(
+    model: Model, mode: Mode, made: list[tuple[list[int], int]], batch: int = 8
+) -> list[bool]:
     """Whether each reference answer is what greedy decoding writes."""
     order = sorted(range(len(made)), key=lambda i: len(made[i][0]))
     result = [False] * len(made)
@@ -71,8 +73,11 @@ def story_loss(model: Model, mode: Mode, coder: Coder, n: int, seed: int) -> tup
 def report(model: Model, mode: Mode, coder: Coder, n: int, seed: int = 77) -> dict[str, float]:
     """Every skill; `recall_all` attends to all rows."""
     model.eval()
-    count: Callable[[str], int] = lambda s: len(coder.sp.encode(s))
     rng = Random(seed)
+
+    def count(text: str) -> int:
+        return len(coder.sp.encode(text))
+
     made = {
         "recall": [tasks.recall_case(rng, 920, count, i % 4 == 3) for i in range(n)],
         "addition": [tasks.addition_case(rng) for _ in range(n)],
