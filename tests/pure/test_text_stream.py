@@ -147,6 +147,9 @@ GOOD = invoke("f", parameter("a", "v"))
         pytest.param(
             f"< {D}invoke> <{D}invoke name=f/x", f"< {D}invoke> ", [], id="not quite a tag"
         ),
+        pytest.param(
+            f'<{D}invoke name="x{GOOD}', f'<{D}invoke name="x', [F], id="a tag begins inside a tag"
+        ),
         pytest.param(f'a <{D}tool_calls>" b', f'a <{D}tool_calls>" b', [], id="named in prose"),
         pytest.param(
             f'<{D} invoke  name = "f" ><{D}parameter name=\'a\' type="x" string="TRUE" >3'
