@@ -1,0 +1,1 @@
+"""Instruments: each measures one thing and returns it as data; `cli/` prints it."""

@@ -1,0 +1,27 @@
+"""`ds4 bench`: prints what the instruments of `bench/` measure."""
+
+import json
+import sys
+
+from ds4py.cli.model import open_engine
+from ds4py.cli.progress import ProgressBar
+from ds4py.cli.settings import ModelChoice, Settings
+
+
+def run_speed(model: ModelChoice, tokens: int, repeat: int, json_only: bool) -> int:
+    """Measure tokens per second; a table, then one line of JSON. The exit code."""
+    engine, load_s = open_engine(Settings(model))
+    from ds4py.bench import machine, speed
+
+    with ProgressBar(sys.stderr) as bar:
+        rates = speed.measure(engine, tokens, repeat, progress=bar)
+    host = machine.describe()
+    if not json_only:
+        print(f"{engine.name} on {host['processor']}, {host['cores']} cores, {host['backend']}")
+        print(f"{'work':8} {'at':>6} {'tok/s':>9}   runs")
+        for rate in rates:
+            runs = "  ".join(f"{run:.1f}" for run in rate.runs)
+            print(f"{rate.work:8} {rate.at:6} {rate.tps:9.1f}   {runs}")
+    result = speed.as_json(engine, rates, host) | {"load_s": round(load_s, 4)}
+    print(json.dumps(result))
+    return 0

@@ -1,0 +1,258 @@
+"""The commands of `ds4` and their options. `ds4 --help` is the reference.
+
+Each command's work lives in a module of its own, imported when the command runs: help answers
+without loading any of it.
+"""
+
+from typing import Annotated
+
+import typer
+
+from ds4py import __version__
+from ds4py.cli import settings as given
+from ds4py.cli.settings import Settings
+from ds4py.errors import OptionsError
+
+app = typer.Typer(
+    name="ds4",
+    help="Run DeepSeek V4 models on this machine.",
+    add_completion=False,
+    # Plain help: drawing it with rich takes longer than all the rest of `ds4 --help`.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|DIR",
+        help="Model to use. Default: $DS4_MODEL, else the embedded model.",
+    ),
+]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Name or directory. Default: $DS4_MODEL, else the embedded model.",
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT|FILE", help="System message, or a file that holds it."),
+]
+ThinkMax = Annotated[bool, typer.Option("--think-max", help="Reason at length before answering.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Longest answer, reasoning included. Default: the context."),
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="F", help="0 takes the likeliest token. Default: 1.")
+]
+TopP = Annotated[
+    float | None, typer.Option(metavar="F", help="Sample within this probability. Default: 1.")
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="N", help="Sample among the N likeliest. Default: 0, all.")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(metavar="F", help="Drop tokens below F times the likeliest. Default: 0.05."),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Same seed, same answer.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")
+]
+ContextSize = Annotated[
+    int | None, typer.Option("--context", metavar="N", help="Most tokens of prompt and answer.")
+]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ds4 {__version__}")
+        raise typer.Exit
+
+
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    _help_without_command(context)
+
+
+@app.command(short_help="Answer one prompt.")
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT|-", show_default=False, help="The prompt; - reads stdin."),
+    ] = None,
+    model: Model = None,
+    system: System = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Reason before answering. Default: --no-think."),
+    ] = None,
+    think_max: ThinkMax = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without chat encoding.")
+    ] = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    context: ContextSize = None,
+    memory: Memory = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print times to stderr.")] = False,
+) -> int:
+    """Answer one prompt. The answer goes to stdout and nothing else does.
+
+    Without PROMPT, or with -, the prompt is read from stdin.
+
+    Reasoning is off unless asked for: a script wants the answer, and --max-tokens counts both.
+    On a terminal reasoning is shown dimmed, on stderr.
+    """
+    thinking, effort = given.thinking_mode(think, think_max)
+    if raw and (system is not None or think is not None or think_max):
+        raise OptionsError("--raw sends the prompt alone; drop --system and --think")
+    settings = Settings(
+        model=given.choose_model(model),
+        system=given.read_system(system),
+        thinking=thinking,
+        effort=effort,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=given.stop_texts(stop),
+        context=context,
+        memory=memory,
+    )
+    from ds4py.cli.generate import run
+
+    return run(prompt, settings, raw, json, stats)
+
+
+@app.command(short_help="Talk with a model.")
+def chat(
+    model: Model = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on with a conversation saved by /save.")
+    ] = None,
+    system: System = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Reason before answering. Default: --think."),
+    ] = None,
+    think_max: ThinkMax = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    context: ContextSize = None,
+    memory: Memory = None,
+) -> int:
+    """Talk with a model. /help lists what else can be typed.
+
+    Ctrl-C stops an answer and keeps the conversation; Ctrl-D ends it. With a pipe on stdin every
+    line is one message.
+    """
+    thinking, effort = given.thinking_mode(think, think_max)
+    settings = Settings(
+        model=given.choose_model(model),
+        system=given.read_system(system),
+        thinking=thinking,
+        effort=effort,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=given.stop_texts(stop),
+        context=context,
+        memory=memory,
+    )
+    from ds4py.cli.chat import run
+
+    return run(settings, resume)
+
+
+@app.command(short_help="Show what a model is.")
+def inspect(model: ModelArgument = None, context: ContextSize = None) -> int:
+    """Show what a model is: parts, layers, tensors and the memory a context takes.
+
+    Reads the configuration and the tensors' headers, not the weights.
+    """
+    from ds4py.cli.inspect import run
+
+    return run(given.choose_model(model), context)
+
+
+@app.command(short_help="Measure a model's skills.")
+def verify(
+    model: ModelArgument = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, metavar="N", help="Questions per skill.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Picks the questions.")] = 77,
+) -> int:
+    """Measure the skills the embedded model was trained for, on prompts it has never seen.
+
+    Prints a table and, as the last line, JSON. The exit code is 0 when every target is met.
+    """
+    from ds4py.cli.evaluate import run
+
+    return run(given.choose_model(model), samples, seed)
+
+
+bench = typer.Typer(
+    help="Measure the engine.",
+    rich_markup_mode=None,
+    invoke_without_command=True,
+    callback=_help_without_command,
+)
+app.add_typer(bench, name="bench", short_help="Measure the engine.")
+
+
+@bench.command(short_help="Measure tokens per second.")
+def speed(
+    model: Model = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens to decode at each position.")
+    ] = 64,
+    repeat: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Runs of each; the median counts.")
+    ] = 3,
+    json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
+) -> int:
+    """Measure tokens per second: decoding near and far into the context, and reading prompts.
+
+    Prints a table and, as the last line, JSON with the machine and the version.
+    """
+    from ds4py.cli.bench import run_speed
+
+    return run_speed(given.choose_model(model), tokens, repeat, json)

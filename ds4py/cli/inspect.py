@@ -1,0 +1,193 @@
+"""`ds4 inspect`: what a model is, from its config.json and the headers of its tensor files.
+
+No weight is read, so it answers at once for a model of any size.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from ds4py.cli.settings import ModelChoice
+from ds4py.errors import OptionsError
+
+if TYPE_CHECKING:
+    from ds4py.config import LayerPlan, ModelConfig
+    from ds4py.formats.safetensors import TensorEntry
+
+# The first that matches names a tensor's class. Patterns are parts of the checkpoint's names.
+_CLASSES = (
+    (r"^mtp\.", "draft layers"),
+    (r"\.ffn\.experts\.", "routed experts"),
+    (r"\.ffn\.shared_experts\.", "shared experts"),
+    (r"\.ffn\.gate\.", "routers"),
+    (r"\.attn\.indexer\.", "indexers"),
+    (r"\.attn\.compressor\.", "compressors"),
+    (r"\.attn\.", "attention"),
+    (r"(^|\.)hc_", "hyper-connections"),
+    (r"^embed\.", "embedding"),
+    (r"^head\.", "head"),
+    (r"norm\.weight$", "norms"),
+)
+_ROW_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass
+class TensorClass:
+    """Tensors that do the same work, added up."""
+
+    name: str
+    count: int = 0
+    n_bytes: int = 0
+    parameters: int = 0
+    dtypes: set[str] = field(default_factory=set)
+
+    def add(self, name: str, entry: "TensorEntry") -> None:
+        self.count += 1
+        self.n_bytes += entry.n_bytes
+        self.parameters += parameters(name, entry)
+        self.dtypes.add(entry.dtype)
+
+
+def run(model: ModelChoice, context: int | None) -> int:
+    """Print what the model is; the exit code."""
+    from ds4py.config import ModelConfig
+    from ds4py.engine.engine import resolve
+    from ds4py.formats.safetensors import read_directory
+
+    if context is not None and context < 1:
+        raise OptionsError(f"--context is {context}; give a number of tokens, 1 or more")
+    directory = resolve(model.name)
+    config = ModelConfig.load(directory)
+    classes = classify(read_directory(directory))
+    print(f"{'model':12}{model.name} ({directory})")
+    for title, text in facts(config, classes):
+        print(f"{title:12}{text}")
+    for title, text in cache_facts(config, context):
+        print(f"{title:12}{text}")
+    print()
+    print("\n".join(table(classes)))
+    return 0
+
+
+def classify(tensors: dict[str, "TensorEntry"]) -> list[TensorClass]:
+    """All tensors in their classes, the largest first."""
+    classes: dict[str, TensorClass] = {}
+    for name, entry in tensors.items():
+        matches = (title for pattern, title in _CLASSES if re.search(pattern, name))
+        title = next(matches, "other")
+        classes.setdefault(title, TensorClass(title)).add(name, entry)
+    return sorted(classes.values(), key=lambda c: -c.n_bytes)
+
+
+def parameters(name: str, entry: "TensorEntry") -> int:
+    """How many weights a tensor holds: none in scales and tables, two in each byte of FP4."""
+    if name.endswith(".scale") or entry.dtype == "I64":
+        return 0
+    return math.prod(entry.shape) * (2 if entry.dtype == "I8" else 1)
+
+
+def facts(config: "ModelConfig", classes: Iterable[TensorClass]) -> Iterator[tuple[str, str]]:
+    """Lines about the model itself."""
+    by_name = {c.name: c.parameters for c in classes}
+    draft = by_name.pop("draft layers", 0)
+    total, routed = sum(by_name.values()), by_name.get("routed experts", 0)
+    active = total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+    yield "family", "DeepSeek V4"
+    yield (
+        "parameters",
+        f"{amount(total)}, of them {amount(active)} used for each token"
+        + (f"; {amount(draft)} more in draft layers" if draft else ""),
+    )
+    yield (
+        "width",
+        f"{config.hidden_size} in {config.hc_mult} streams, {config.num_attention_heads} heads "
+        f"of {config.head_dim}, vocabulary {config.vocab_size}",
+    )
+    yield (
+        "experts",
+        f"{config.num_experts_per_tok} of {config.n_routed_experts} and 1 shared, "
+        f"width {config.moe_intermediate_size}",
+    )
+    for number, text in enumerate(schedule(config.layers)):
+        yield "" if number else "layers", text
+    if config.mtp_layers:
+        yield "draft", f"{len(config.mtp_layers)} multi-token prediction layer(s)"
+    elif config.dspark:
+        yield "draft", "DSpark draft layers, set aside"
+
+
+def schedule(layers: Iterable["LayerPlan"]) -> Iterator[str]:
+    """`0-1 sliding window; experts by token id`, one line for each run of equal layers.
+
+    Layers that alternate are listed together.
+    """
+    named = [(plan.index, describe_layer(plan)) for plan in layers]
+    for _, group in groupby(named, key=lambda item: item[1][1]):
+        members = list(group)
+        for text in dict.fromkeys(kind for _, (kind, _) in members):
+            numbers = [index for index, (kind, _) in members if kind == text]
+            yield f"{ranges(numbers)}: {text}, {members[0][1][1]}"
+
+
+def describe_layer(plan: "LayerPlan") -> tuple[str, str]:
+    """(attention, routing) of one layer, in words."""
+    routing = "experts by token id" if plan.hash_routed else "experts by score"
+    if not plan.compressed:
+        return "sliding window", routing
+    chosen = ", chosen by an indexer" if plan.indexed else ""
+    return f"window and rows of {plan.ratio} tokens{chosen}", routing
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2] -> `0-2`; every second one, [3, 5, 7, 9], -> `3,5,..,9`; others in full."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 0
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}-{numbers[-1]}" if step else str(numbers[0])
+    if len(numbers) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
+        return f"{numbers[0]},{numbers[1]},..,{numbers[-1]}"
+    return ",".join(map(str, numbers))
+
+
+def cache_facts(config: "ModelConfig", context: int | None) -> Iterator[tuple[str, str]]:
+    """Lines about the context and the rows a token leaves in it."""
+    from ds4py.engine.memory import format_size, state_bytes
+
+    longest = config.max_position_embeddings
+    if context is not None and context > longest:
+        raise OptionsError(f"--context is {context}; this model goes to {longest} tokens")
+    yield "context", f"{longest} tokens at most"
+    empty = {dtype: state_bytes(config, 0, size) for dtype, size in _ROW_BYTES.items()}
+    full = {dtype: state_bytes(config, longest, size) for dtype, size in _ROW_BYTES.items()}
+    grown = [f"{(full[t] - empty[t]) / longest:.0f} B as {t}" for t in _ROW_BYTES]
+    yield "session", f"{' or '.join(grown)} for each token"
+    if context is not None:
+        size = [
+            f"{format_size(state_bytes(config, context, n))} as {t}" for t, n in _ROW_BYTES.items()
+        ]
+        yield "", f"{' or '.join(size)} with {context} tokens"
+
+
+def table(classes: Iterable[TensorClass]) -> Iterator[str]:
+    """The tensor classes in columns."""
+    from ds4py.engine.memory import format_size
+
+    rows = [*classes]
+    total = TensorClass("all", sum(c.count for c in rows), sum(c.n_bytes for c in rows))
+    total.parameters = sum(c.parameters for c in rows)
+    yield f"{'tensors':18} {'count':>7} {'parameters':>11} {'size':>10}   stored as"
+    for row in [*rows, total]:
+        yield (
+            f"{row.name:18} {row.count:7} {amount(row.parameters):>11} "
+            f"{format_size(row.n_bytes):>10}   {', '.join(sorted(row.dtypes))}"
+        ).rstrip()
+
+
+def amount(number: int) -> str:
+    """284_000_000_000 -> `284.0 B`."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return str(number)

@@ -1,0 +1,36 @@
+"""Opens the chosen model, with a progress bar, and says which one when nobody named it."""
+
+import sys
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from ds4py.cli.progress import ProgressBar
+from ds4py.cli.settings import Settings
+from ds4py.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from ds4py import Engine
+    from ds4py.text.tokenizer import Tokenizer
+
+
+def open_engine(settings: Settings) -> tuple["Engine", float]:
+    """The engine, and how many seconds it took to load."""
+    options = settings.engine_options()
+    if settings.model.notice:
+        print(settings.model.notice, file=sys.stderr, flush=True)
+    start = perf_counter()
+    from ds4py import Engine
+
+    with ProgressBar(sys.stderr) as bar:
+        engine = Engine.open(settings.model.name, options, bar)
+    return engine, perf_counter() - start
+
+
+def tokenizer_of(engine: "Engine") -> "Tokenizer":
+    """The engine's tokenizer; TokenizerError when the model came without one."""
+    if engine.tokenizer is None:
+        raise TokenizerError(
+            f"{engine.name} has no tokenizer; put its tokenizer.json or tokenizer.model "
+            "into the model's directory"
+        )
+    return engine.tokenizer

@@ -1,0 +1,104 @@
+"""Options become settings before any model is touched."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from ds4py.cli import settings as given
+from ds4py.errors import OptionsError, PromptError
+
+
+def stdin(data: bytes, terminal: bool = False) -> io.TextIOWrapper:
+    stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    return stream
+
+
+def test_a_model_is_chosen_by_option_then_environment_then_default() -> None:
+    assert given.choose_model("big", {"DS4_MODEL": "x"}) == given.ModelChoice("big", None)
+    by_environment = given.choose_model(None, {"DS4_MODEL": "x"})
+    assert by_environment.name == "x" and "DS4_MODEL" in (by_environment.notice or "")
+    for environ in ({}, {"DS4_MODEL": ""}):
+        embedded = given.choose_model(None, environ)
+        assert embedded.name == "tiny" and "embedded" in (embedded.notice or "")
+    with pytest.raises(OptionsError):
+        given.choose_model("", {})
+
+
+@pytest.mark.parametrize(
+    ("think", "think_max", "mode"),
+    [
+        (None, False, (None, None)),
+        (True, False, (True, None)),
+        (False, False, (False, None)),
+        (None, True, (True, "max")),
+        (True, True, (True, "max")),
+    ],
+)
+def test_thinking_modes(
+    think: bool | None, think_max: bool, mode: tuple[bool | None, str | None]
+) -> None:
+    assert given.thinking_mode(think, think_max) == mode
+
+
+def test_thinking_modes_that_contradict() -> None:
+    with pytest.raises(OptionsError, match="contradict"):
+        given.thinking_mode(False, True)
+
+
+def test_the_argument_is_the_prompt_and_stdin_stays_unread() -> None:
+    source = stdin(b"other")
+    assert given.read_prompt("hello ", source) == "hello "
+    assert source.read() == "other"
+
+
+@pytest.mark.parametrize("argument", [None, "-"])
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [(b"a b\n", "a b"), (b"a\r\n", "a"), (b"a\n\n", "a\n"), ("héé".encode(), "héé")],
+)
+def test_stdin_loses_one_newline(argument: str | None, data: bytes, text: str) -> None:
+    assert given.read_prompt(argument, stdin(data)) == text
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b" \n\t"])
+def test_an_empty_prompt_is_refused(data: bytes) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        given.read_prompt(None, stdin(data))
+    with pytest.raises(PromptError, match="empty"):
+        given.read_prompt(data.decode() or " ", stdin(b"x"))
+
+
+def test_no_prompt_on_a_terminal_is_refused_without_waiting() -> None:
+    with pytest.raises(PromptError, match="no prompt"):
+        given.read_prompt(None, stdin(b"x", terminal=True))
+
+
+def test_bytes_that_are_no_text_are_named() -> None:
+    with pytest.raises(PromptError, match=r"stdin is not UTF-8 text \(byte 0xff at position 3\)"):
+        given.read_prompt("-", stdin(b"abc\xff"))
+    with pytest.raises(PromptError, match="the prompt is not UTF-8"):
+        given.read_prompt(os.fsdecode(b"\xff"), stdin(b""))
+    with pytest.raises(PromptError, match="--stop is not UTF-8"):
+        given.stop_texts(["ok", os.fsdecode(b"\xff")])
+
+
+def test_system_is_a_text_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "rules.txt"
+    file.write_text("Be brief.", encoding="utf-8")
+    assert given.read_system(None) == ""
+    assert given.read_system("You are kind.") == "You are kind."
+    assert given.read_system(str(file)) == "Be brief."
+    assert given.read_system("x" * 5000) == "x" * 5000
+    file.write_bytes(b"\xff")
+    with pytest.raises(PromptError, match="not UTF-8"):
+        given.read_system(str(file))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="No such file"):
+        given.read_file(str(tmp_path / "absent"))
+    with pytest.raises(PromptError, match="Is a directory"):
+        given.read_file(str(tmp_path))
