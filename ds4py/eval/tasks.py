@@ -114,7 +114,8 @@ def sum_drill(rng: Random, n: int) -> str:
 
 FACT_FORMS = (
     "{n}'s number is {v}.", "Remember that {n}'s number is {v}.",
-    "By the way, {n}'s number is {v}.", "Please note: {n}'s number is {v}.", "The number of {n} is {v}.",
+    "By the way, {n}'s number is {v}.", "Please note: {n}'s number is {v}.",
+    "The number of {n} is {v}.",
 )
 FACT_REPLIES = ("OK.", "I will remember that.", "Noted.", "Thank you.", "All right.")
 RECALL_QUESTIONS = (

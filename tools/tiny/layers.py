@@ -258,8 +258,8 @@ def choice(scores: Tensor, k: int) -> Tensor:
     """0 for the best k rows of each query, else -1e30; scores [B, T, R] already masked."""
     if scores.shape[-1] <= k:
         return torch.zeros_like(scores)
-    least = scores.topk(k, -1).values[..., -1:]
-    return (scores < least).float() * -1e30
+    hidden = torch.full_like(scores, -1e30)
+    return hidden.scatter_(-1, scores.topk(k, -1).indices, 0.0)
 
 
 def index_loss(near: Tensor, far: Tensor, sink: Tensor, scores: Tensor) -> Tensor:
