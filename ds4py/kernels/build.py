@@ -37,6 +37,7 @@ def choose(kernels: str, dtype: str) -> tuple[Ops, Dtype]:
         )
     if kernels == "reference" or metal_available() or dtype == "bfloat16":
         wanted = {"auto": "bfloat16" if metal_available() else "float32"}.get(dtype, dtype)
-        return cast(Ops, MlxOps()), getattr(mx, wanted)
+        gather = None if metal_available() else mx.float32  # its CPU back end gathers no other
+        return cast(Ops, MlxOps(gather)), getattr(mx, wanted)
     ops = HostOps(np.float64 if dtype == "float32" else np.float32)
     return cast(Ops, ops), ops.wide  # the libraries' own signatures say more than Ops does

@@ -134,6 +134,10 @@ class MlxOps:
     wide: Dtype = mx.float32
     int32: Dtype = mx.int32
 
+    def __init__(self, gather_dtype: Dtype | None = None):
+        """gather_dtype: what expert weights are stored in where MLX gathers no other type."""
+        self._gather_dtype = gather_dtype
+
     zeros = staticmethod(mx.zeros)
     full = staticmethod(mx.full)
     arange = staticmethod(mx.arange)
@@ -182,7 +186,7 @@ class MlxOps:
         return Weight(arrays, tuple(w.shape[-2] for w, _ in parts))
 
     def pack_experts(self, n_experts: int, out: int, n_in: int, dtype: Dtype) -> ExpertBuilder:
-        return _MlxExperts(n_experts, dtype)
+        return _MlxExperts(n_experts, self._gather_dtype or dtype)
 
     def project(self, x: mx.array, weight: Weight) -> tuple[mx.array, ...]:
         return tuple(x.astype(w.dtype) @ w.T for w in weight.arrays)

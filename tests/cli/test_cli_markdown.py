@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ds4py.cli.markdown import LastLines, MarkdownView, split_blocks
+from ds4py.cli.markdown import Lines, MarkdownView, split_blocks
 from ds4py.text.events import Content, Reasoning
 
 
@@ -81,9 +81,18 @@ def test_every_block_is_rendered_once_at_the_end() -> None:
 def test_only_what_fits_on_the_screen_is_redrawn() -> None:
     console = Console(width=40, height=6)
     text = "\n".join(f"- line {n}" for n in range(50))
-    lines = console.render_lines(LastLines(text, gap=False), console.options)
+    lines = console.render_lines(Lines(text, gap=False, most=4), console.options)
     shown = ["".join(segment.text for segment in line).strip() for line in lines]
     assert [line for line in shown if line] == [f"• line {n}" for n in range(46, 50)]
+
+
+def test_blocks_are_one_blank_line_apart() -> None:
+    drawn = draw("one\n\n- two\n- three\n\n# four\n\n| a |\n|---|\n| 5 |\n\nsix\n", height=40)
+    out = Screen()
+    console = Console(file=out, force_terminal=True, width=40, color_system=None)
+    console.print(Lines("- x\n- y\n", gap=True))
+    assert [line.strip() for line in out.getvalue().split("\n")][:3] == ["", "• x", "• y"]
+    assert "\n\n\n" not in drawn.replace(" ", "")
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
