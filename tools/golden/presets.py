@@ -36,6 +36,7 @@ class Preset:
     lora: int = 32
     vocab: int = 512
     scaling: float = 1.5
+    head_dim: int = 128
 
 
 PRESETS = {
@@ -45,7 +46,7 @@ PRESETS = {
     "fast": Preset((0, 0, 4, 16, 4, 16, 4), 150),
     # as V4-Pro: no sliding-only layer, the first two are of the high ratio
     "prolike": Preset((16, 16, 4, 16, 4, 16), 150, scaling=2.5),
-    # two high ratios, neither a power of two, and score routing from layer 3 on a sliding layer
+    # two high ratios, neither a power of two, with a sliding layer in between
     "mixed": Preset((24, 4, 7, 0, 4, 24, 7), 130, window=20, topk=5),
 }
 SMALL: dict[str, Any] = {
@@ -56,8 +57,9 @@ SMALL: dict[str, Any] = {
     "lora": 8,
     "vocab": 96,
 }
-# The same schedules at sizes that fit in a repository.
+# The same schedules at sizes that fit in a repository; heads as wide as the released models'.
 PRESETS |= {
+    "wide": Preset((4, 0, 16, 4), 70, 20, 5, head_dim=512, **SMALL | {"vocab": 512}),
     "flashlike-small": replace(PRESETS["flashlike"], tokens=280, **SMALL),
     "fast-small": replace(PRESETS["fast"], **SMALL),
     "prolike-small": replace(PRESETS["prolike"], **{**SMALL, "heads": 6, "groups": 3}),
@@ -76,7 +78,7 @@ def config(preset: Preset) -> Config:
         "hc_eps": 1e-06,
         "hc_mult": 4,
         "hc_sinkhorn_iters": 20,
-        "head_dim": 128,
+        "head_dim": preset.head_dim,
         "qk_rope_head_dim": 64,
         "hidden_act": "silu",
         "hidden_size": preset.hidden,
