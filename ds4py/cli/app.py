@@ -1,17 +1,21 @@
 """The door of the `ds4` command: runs it and turns every way it can end into an exit code.
 
 0 done; 2 the user's input or file is at fault (one line on stderr); 1 ours; 130 interrupted.
-Knows nothing of what the commands do. Imports nothing but the standard library at the top, so
-that Ctrl-C is ours a millisecond after Python is.
+Knows nothing of what the commands do. Imports next to nothing at the top: until `main` runs,
+Ctrl-C is still answered by Python, with a traceback.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from ds4py.cli import interrupts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TRACEBACK = "DS4_TRACEBACK"
 
@@ -58,7 +62,7 @@ def _report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # perhaps there is nobody left to tell
         print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
     return code if isinstance(code, int) else 1
 

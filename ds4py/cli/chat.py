@@ -16,7 +16,7 @@ from ds4py.cli.model import open_engine, tokenizer_of
 from ds4py.cli.progress import ProgressBar
 from ds4py.cli.settings import Settings, checked_text, read_file
 from ds4py.cli.store import Store, state_directory
-from ds4py.cli.typed import Pipe, Source, Terminal
+from ds4py.cli.typed import Pipe, Source, Terminal, silent_keyboard
 from ds4py.cli.view import PlainView, View, can_draw
 from ds4py.errors import DS4Error, OptionsError
 
@@ -136,8 +136,12 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """Draw the answer to a message. Ctrl-C stops it and what came of it is kept."""
-        with interrupts.stoppable() as stopped, ProgressBar(self.err) as bar:
-            events = self.conversation.ask(text, bar, stopped)
+        with (
+            silent_keyboard(sys.stdin),
+            interrupts.Stoppable() as ctrl_c,
+            ProgressBar(self.err) as bar,
+        ):
+            events = self.conversation.ask(text, bar, ctrl_c.stopped)
             try:
                 with contextlib.closing(events):
                     for event in events:
@@ -146,7 +150,7 @@ class Chat:
                 pass
             finally:
                 self.view.end()
-            if stopped():
+            if ctrl_c.stopped():
                 if not self.interactive:
                     raise KeyboardInterrupt
                 self.tell("(stopped)")

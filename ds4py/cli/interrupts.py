@@ -2,16 +2,20 @@
 
 An exception raised between any two bytecodes can be swallowed by a C extension that is being
 imported, or leave half an update behind. So a command that has nothing to save leaves at once
-(`quit_quietly`), and a chat asks between two tokens whether it should stop (`stoppable`).
+(`quit_quietly`), and a chat asks between two tokens whether it should stop (`Stoppable`).
+
+All of it is for the main thread. Imported before anything else, so it imports next to nothing.
 """
 
-import contextlib
+from __future__ import annotations
+
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
 
 EXIT_CODE = 130
 _SHOW_CURSOR = b"\x1b[?25h\n"
@@ -20,8 +24,8 @@ _SHOW_CURSOR = b"\x1b[?25h\n"
 def quit_quietly() -> None:
     """From now on Ctrl-C ends the process with 130: no traceback, nothing left half done.
 
-    Must not be in force while a file is being written in place. Does nothing where SIGINT is
-    ignored by the caller (nohup, a background job) or outside the main thread.
+    Must not be in force while a file is being written in place. Does nothing where the caller has
+    SIGINT ignored (nohup, a background job).
     """
     if _is_ours():
         signal.signal(signal.SIGINT, _leave)
@@ -39,36 +43,42 @@ def raise_keyboard_interrupt() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@contextlib.contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted; the yielded function tells whether it came.
+class Stoppable:
+    """Inside this context the first Ctrl-C is only noted; `stopped()` tells whether it came.
 
     A second one raises KeyboardInterrupt, for work that never asks. The handler of before is
     back in force afterwards.
     """
-    noted = False
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal noted
-        if noted:
+    def __init__(self) -> None:
+        self._noted = False
+
+    def stopped(self) -> bool:
+        return self._noted
+
+    def __enter__(self) -> Stoppable:
+        self._ours = _is_ours()
+        if self._ours:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._noted:
             raise KeyboardInterrupt
-        noted = True
-
-    if not _is_ours():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self._noted = True
 
 
 def _is_ours() -> bool:
-    return (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
-    )
+    return signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

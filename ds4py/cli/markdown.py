@@ -15,6 +15,7 @@ from ds4py.text.events import Content, Event, Reasoning
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
+    from rich.segment import Segment
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _ITEM = re.compile(r"(?:[-*+]|\d{1,9}[.)])(?:\s|$)")
@@ -89,12 +90,8 @@ class MarkdownView:
         self._rest, self._printed = "", False
 
     def _print(self, block: str) -> None:
-        from rich.markdown import Markdown
-
         self._erase()
-        if self._printed:
-            self._console.print()
-        self._console.print(Markdown(block))
+        self._console.print(Lines(block, gap=self._printed), end="")
         self._printed = True
 
     def _draw(self) -> None:
@@ -112,7 +109,9 @@ class MarkdownView:
                 redirect_stderr=False,
             )
             self._live.start()
-        self._live.update(LastLines(self._rest, gap=self._printed), refresh=True)
+        # One line for the end of what stands above, one for the cursor.
+        most = max(self._console.height - 2, 1)
+        self._live.update(Lines(self._rest, self._printed, most), refresh=True)
         # A long code block takes a while to colour: never spend most of the time drawing.
         self._next_frame = now + max(_FRAME_S, 4 * (monotonic() - now))
 
@@ -124,20 +123,29 @@ class MarkdownView:
             self._next_frame = 0.0
 
 
-class LastLines:
-    """Markdown, cut to the lines at its end that fit on the screen."""
+class Lines:
+    """Rendered Markdown without blank lines around it; of many lines, the last `most`."""
 
-    def __init__(self, text: str, gap: bool) -> None:
+    def __init__(self, text: str, gap: bool, most: int | None = None) -> None:
         self._text = text
         self._gap = gap
+        self._most = most
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich.markdown import Markdown
         from rich.segment import Segment
 
-        lines: list[list[Segment]] = console.render_lines(Markdown(self._text), options, pad=False)
+        lines = console.render_lines(Markdown(self._text), options, pad=False)
+        while lines and _is_blank(lines[-1]):
+            lines.pop()
+        while lines and _is_blank(lines[0]):
+            lines.pop(0)
         if self._gap:
             lines.insert(0, [])
-        for line in lines[-max(console.height - 2, 1) :]:
+        for line in lines[-self._most :] if self._most else lines:
             yield from line
             yield Segment.line()
+
+
+def _is_blank(line: "list[Segment]") -> bool:
+    return not any(part.text.strip() or (part.style and part.style.bgcolor) for part in line)

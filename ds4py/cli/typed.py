@@ -3,7 +3,9 @@
 `read()` gives the next message, raises EOFError when there is none and KeyboardInterrupt on Ctrl-C.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from ds4py.cli.settings import decode
@@ -66,6 +68,27 @@ class Terminal:
 
     def read(self) -> str:
         return self._session.prompt().strip()
+
+
+@contextlib.contextmanager
+def silent_keyboard(stdin: TextIO) -> Iterator[None]:
+    """Inside, what is typed waits unseen for the next prompt instead of landing in the answer.
+
+    Ctrl-C works as before. Does nothing where stdin is no terminal.
+    """
+    if not stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(stdin)
+    silent = [*before]
+    silent[3] = before[3] & ~termios.ECHO
+    termios.tcsetattr(stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
 
 
 def bindings() -> "KeyBindings":
