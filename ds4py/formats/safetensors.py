@@ -118,7 +118,8 @@ def _entry(path: Path, name: str, info: Any, base: int, size: int) -> TensorEntr
 
 
 def read_directory(directory: Path) -> dict[str, TensorEntry]:
-    """All tensors of a model directory: the index's shards, or every *.safetensors file.
+    """All tensors of a model directory: the index's shards, else model.safetensors, else every
+    *.safetensors file.
 
     Raises WeightsError: no weights, a missing shard, a tensor in two files or not where the
     index says.
@@ -126,7 +127,8 @@ def read_directory(directory: Path) -> dict[str, TensorEntry]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         return _read_sharded(directory, index)
-    files = sorted(directory.glob("*.safetensors"))
+    single = directory / "model.safetensors"
+    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{directory} holds no *.safetensors file; is it a model directory?")
     tensors: dict[str, TensorEntry] = {}

@@ -95,6 +95,8 @@ def test_directory_faults(tmp_path: Path) -> None:
     save_file(one, tmp_path / "b.safetensors")
     with pytest.raises(WeightsError, match="stands in both"):
         read_directory(tmp_path)
+    save_file(one, tmp_path / "model.safetensors")  # the name of a whole model: others are not it
+    assert read_directory(tmp_path)["x"].file.name == "model.safetensors"
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "c.safetensors"}}))
     with pytest.raises(WeightsError, match=r"lacks 1 of 1 shards \(c\.safetensors"):
