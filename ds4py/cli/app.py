@@ -7,15 +7,15 @@ Ctrl-C is still answered by Python, with a traceback.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, TextIO, cast
 
 from ds4py.cli import interrupts
 
+TYPE_CHECKING = False  # typing's own costs as much as the rest of this file
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TextIO
 
 TRACEBACK = "DS4_TRACEBACK"
 
@@ -62,6 +62,8 @@ def _report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
+    import contextlib
+
     with contextlib.suppress(OSError, ValueError):  # perhaps there is nobody left to tell
         print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
     return code if isinstance(code, int) else 1
@@ -93,14 +95,10 @@ def _prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
         elif descriptor and hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    sys.stdin = sys.stdin or _nowhere("r")
-    sys.stdout = sys.stdout or _nowhere("w")
-    sys.stderr = sys.stderr or _nowhere("w")
-
-
-def _nowhere(mode: str) -> TextIO:
-    stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (lives as long as we do)
-    return cast(TextIO, stream)
+    # They live as long as the process does.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _flush_the_rest() -> None:
@@ -113,6 +111,8 @@ def _flush_the_rest() -> None:
 
 def _abandon(stream: TextIO) -> None:
     """Send what is still buffered nowhere: Python flushes at exit and would complain again."""
+    import contextlib
+
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
