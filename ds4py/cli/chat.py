@@ -37,7 +37,6 @@ def run(settings: Settings, resume: str | None) -> int:
     engine, _ = open_engine(settings)
     conversation = Conversation(engine.session(), tokenizer_of(engine), sampling)
     conversation.thinking = THINKING
-    interrupts.raise_keyboard_interrupt()
     source: Source = Terminal(store) if sys.stdin.isatty() else Pipe(sys.stdin)
     chat = Chat(engine, conversation, store, make_view(), sys.stderr, source.interactive)
     if resume is not None:
@@ -48,6 +47,7 @@ def run(settings: Settings, resume: str | None) -> int:
         conversation.system = settings.system
     if source.interactive:
         chat.tell(f"{engine.name}, {engine.context} tokens of context. /help lists the commands.")
+    interrupts.raise_keyboard_interrupt()  # from here on there is a conversation to lose
     return chat.loop(source)
 
 

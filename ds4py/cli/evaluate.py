@@ -2,12 +2,17 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from ds4py.bench import machine
 from ds4py.cli.model import open_engine, tokenizer_of
 from ds4py.cli.progress import ProgressBar
 from ds4py.cli.settings import ModelChoice, Settings
+
+if TYPE_CHECKING:
+    from ds4py.eval.skills import SkillResult
 
 
 def run(model: ModelChoice, samples: int, seed: int) -> int:
@@ -18,6 +23,11 @@ def run(model: ModelChoice, samples: int, seed: int) -> int:
 
     with ProgressBar(sys.stderr) as bar:
         results = skills.run(engine, samples, seed, bar)
+    return show(engine.name, results, {"samples": samples, "seed": seed})
+
+
+def show(model: str, results: "Sequence[SkillResult]", choice: Mapping[str, int]) -> int:
+    """Print the table and the line of JSON; 0 when all targets are met, else 1."""
     print(f"{'skill':24} {'value':>8} {'target':>8} {'unit':8} {'n':>5}")
     for result in results:
         print(
@@ -25,13 +35,7 @@ def run(model: ModelChoice, samples: int, seed: int) -> int:
             f"{result.n:5}{'' if result.met else '   missed'}"
         )
     met = all(result.met for result in results)
-    report = {
-        "verify": engine.name,
-        "met": met,
-        "samples": samples,
-        "seed": seed,
-        "skills": [asdict(result) | {"met": result.met} for result in results],
-        "machine": machine.describe(),
-    }
-    print(json.dumps(report))
+    skills = [asdict(result) | {"met": result.met} for result in results]
+    report = {"verify": model, "met": met, **choice, "skills": skills}
+    print(json.dumps(report | {"machine": machine.describe()}))
     return 0 if met else 1

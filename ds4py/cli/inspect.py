@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ds4py.cli.model import announce
 from ds4py.cli.settings import ModelChoice
 from ds4py.errors import OptionsError
 
@@ -59,6 +60,7 @@ def run(model: ModelChoice, context: int | None) -> int:
 
     if context is not None and context < 1:
         raise OptionsError(f"--context is {context}; give a number of tokens, 1 or more")
+    announce(model)
     directory = resolve(model.name)
     config = ModelConfig.load(directory)
     classes = classify(read_directory(directory))

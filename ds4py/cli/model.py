@@ -5,7 +5,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ds4py.cli.progress import ProgressBar
-from ds4py.cli.settings import Settings
+from ds4py.cli.settings import ModelChoice, Settings
 from ds4py.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 def open_engine(settings: Settings) -> tuple["Engine", float]:
     """The engine, and how many seconds it took to load."""
     options = settings.engine_options()
-    if settings.model.notice:
-        print(settings.model.notice, file=sys.stderr, flush=True)
+    announce(settings.model)
     start = perf_counter()
     from ds4py import Engine
 
     with ProgressBar(sys.stderr) as bar:
         engine = Engine.open(settings.model.name, options, bar)
     return engine, perf_counter() - start
+
+
+def announce(model: ModelChoice) -> None:
+    """Say on stderr which model is used, when nobody named it."""
+    if model.notice:
+        print(model.notice, file=sys.stderr, flush=True)
 
 
 def tokenizer_of(engine: "Engine") -> "Tokenizer":
