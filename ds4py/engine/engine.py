@@ -18,7 +18,7 @@ from ds4py import assets
 from ds4py.config import ModelConfig
 from ds4py.engine import memory
 from ds4py.engine.options import EngineOptions
-from ds4py.engine.session import Session
+from ds4py.engine.session import Session, check_tokens
 from ds4py.errors import InputError, OptionsError, WeightsError
 from ds4py.kernels import build
 from ds4py.model.mtp import DraftLayer
@@ -135,7 +135,7 @@ class Engine:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Logits [T, V] and final streams [T, H, D] of a fresh sequence."""
         ids, step = [int(t) for t in tokens], self.options.prefill_chunk
-        Session(self)._check(ids)
+        check_tokens(ids, self.context, self.config.vocab_size)
         if chunks is None:
             chunks = [min(step, len(ids) - i) for i in range(0, len(ids), step)]
         if sum(chunks) != len(ids) or min(chunks) < 1:

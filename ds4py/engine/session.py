@@ -68,7 +68,7 @@ class Session:
         session is then as before.
         """
         wanted = [int(token) for token in tokens]
-        self._check(wanted)
+        check_tokens(wanted, self._engine.context, self._engine.config.vocab_size)
         common = _common_prefix(self._tokens, wanted)
         if common == len(wanted) == self.position and self._logits is not None:
             return common
@@ -120,7 +120,7 @@ class Session:
         """Take over a snapshot's state. Raises InputError; the session is then as before."""
         state = self._model.new_state()
         tokens, logits = snapshot.load(Path(path), state, self._engine.identity)
-        self._check(tokens)
+        check_tokens(tokens, self._engine.context, self._engine.config.vocab_size)
         self._state, self._logits, self._checkpoints = state, logits, Checkpoints()
         self._tokens = tokens
         self._checkpoints.add(state.frontier)
@@ -164,19 +164,6 @@ class Session:
             raise PromptError("the session is empty; sync a prompt first")
         return self._logits
 
-    def _check(self, tokens: list[int]) -> None:
-        context, vocab = self._engine.context, self._engine.config.vocab_size
-        if not tokens:
-            raise PromptError("the prompt has no tokens; give at least one")
-        if len(tokens) > context:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens but the context is {context}; shorten the "
-                "prompt or raise --context"
-            )
-        if min(tokens) < 0 or max(tokens) >= vocab:
-            bad = next(t for t in tokens if not 0 <= t < vocab)
-            raise PromptError(f"token id {bad} is outside the model's vocabulary of {vocab}")
-
     def _return_to(self, position: int) -> None:
         """Restore the best checkpoint at or before `position`, without logits."""
         if position == self.position == self._state.position:
@@ -213,6 +200,20 @@ class Session:
             self._engine.counters["prefill_tokens"] += end - here
             if progress is not None:
                 progress("prefill", end - start, len(tokens) - start)
+
+
+def check_tokens(tokens: list[int], context: int, vocab_size: int) -> None:
+    """Raise PromptError unless `tokens` is a prefix a session can hold."""
+    if not tokens:
+        raise PromptError("the prompt has no tokens; give at least one")
+    if len(tokens) > context:
+        raise PromptError(
+            f"the prompt has {len(tokens)} tokens but the context is {context}; shorten the "
+            "prompt or raise --context"
+        )
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        bad = next(t for t in tokens if not 0 <= t < vocab_size)
+        raise PromptError(f"token id {bad} is outside the model's vocabulary of {vocab_size}")
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -62,7 +62,8 @@ class HostOps:
         return mx.array(x.astype(np.float32, copy=False))
 
     def sigmoid(self, x: Host) -> Host:
-        return np.reciprocal(1 + np.exp(-x))
+        with np.errstate(over="ignore"):  # exp of a large -x is inf, and 1/inf the right 0
+            return np.reciprocal(1 + np.exp(-x))
 
     def softplus(self, x: Host) -> Host:
         return np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0)

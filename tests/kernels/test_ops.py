@@ -36,6 +36,12 @@ def hyper_weights(ops: Ops, h: int, d: int, rows: int) -> hyper.HyperWeights:
     return hyper.HyperWeights(fn, base, scale, 1e-6, 1e-6)
 
 
+def test_sigmoid_far_out() -> None:
+    x = np.array([-1000, -89, 0, 89, 1000], np.float32)
+    same(lambda ops, a: ops.sigmoid(a), x)
+    assert HOST.sigmoid(x).tolist()[0] == 0 and HOST.sigmoid(x).tolist()[-1] == 1
+
+
 def test_norm() -> None:
     same(lambda ops, x, w: rms_norm(ops, x, w, 1e-6), normal(5, 3, 96), normal(96))
 
