@@ -82,7 +82,7 @@ def test_a_chat_line_that_is_no_text(ds4: Any, complaint: Complaint) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--raw"], ["--json"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["--raw", "--json"]], ids=str)
 def test_a_prompt_longer_than_the_context(
     ds4: Any, complaint: Complaint, arguments: list[str]
 ) -> None:
