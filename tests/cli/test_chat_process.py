@@ -170,7 +170,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_talk(terminal: Open) -> None:
 
 def test_ctrl_c_while_the_prompt_is_read_leaves_no_trace(terminal: Open, tmp_path: Any) -> None:
     long = tmp_path / "long.txt"
-    long.write_text("The fox and the bear went home. " * 300, encoding="utf-8")
+    long.write_text("The fox and the bear went home. " * 1200, encoding="utf-8")
     screen = terminal("--no-think", "--max-tokens", "5")
     screen.wait_for(READY)
     screen.type(f"/read {long}" + ENTER)
