@@ -8,9 +8,10 @@ Importing the package imports nothing heavy; the names below are loaded when fir
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # importing typing takes as long as the rest of a short command's start
 if TYPE_CHECKING:
+    from typing import Any
+
     from ds4py.engine.engine import Engine
     from ds4py.engine.options import EngineOptions, SamplingOptions
     from ds4py.engine.session import Session, Token
@@ -19,8 +20,11 @@ __version__ = "0.1.0"
 __all__ = ["Engine", "EngineOptions", "SamplingOptions", "Session", "Token", "__version__"]
 
 _HOME = {
-    "Engine": "engine", "EngineOptions": "options", "SamplingOptions": "options",
-    "Session": "session", "Token": "session",
+    "Engine": "engine",
+    "EngineOptions": "options",
+    "SamplingOptions": "options",
+    "Session": "session",
+    "Token": "session",
 }
 
 
