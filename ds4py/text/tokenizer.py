@@ -153,10 +153,7 @@ class JsonTokenizer(Tokenizer):
         token = self._text.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
-        if self._byte_level:
-            alphabet = _byte_alphabet()
-            return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
-        return _spaced_piece(token)
+        return byte_level_piece(token) if self._byte_level else _spaced_piece(token)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -314,8 +311,14 @@ def _spaced_piece(piece: str) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
+def byte_level_piece(token: str) -> bytes:
+    """Bytes of a token of byte-level BPE; what its alphabet lacks stands for itself."""
+    alphabet = byte_alphabet()
+    return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+
+
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The characters in which byte-level BPE (GPT-2) writes bytes: printable ones stand for
     themselves, the others for 256, 257, ... in order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
