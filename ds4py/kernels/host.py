@@ -16,7 +16,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ds4py.kernels.ops import F32, Dtype, ExpertBuilder, Weight
+from ds4py.formats.gguf_blocks import decode
+from ds4py.kernels.ops import F32, Dtype, ExpertBuilder, PackedWeight, Weight
 
 K_BLOCK = 256
 """Inputs per BLAS call: below OpenBLAS's own split of the inner dimension on every x86 kernel."""
@@ -120,13 +121,24 @@ class HostOps:
         w, width = weight.arrays[0], weight.widths[0]
         return np.stack([gemm(x[:, g], w[g])[:, :width] for g in range(w.shape[0])], axis=1)
 
-    def experts(self, x: Host, ids: Host, weight: Weight) -> Host:
-        w, width = weight.arrays[0], weight.widths[0]
-        y = np.empty((x.shape[0], width), self.wide)
+    def experts(self, x: Host, ids: Host, weight: Weight | PackedWeight) -> Host:
         starts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1), len(ids)]
+        parts = []
         for start, end in pairwise(starts):
-            y[start:end] = gemm(x[start:end], w[ids[start]])[:, :width]
-        return y
+            w, width = self._expert(weight, ids[start])
+            parts.append(gemm(x[start:end], w)[:, :width])
+        return np.concatenate(parts)
+
+    def _expert(self, weight: Weight | PackedWeight, expert: int) -> tuple[Host, int]:
+        """One expert's map as [in, padded out], and out."""
+        if isinstance(weight, Weight):
+            return weight.arrays[0][expert], weight.widths[0]
+        record = weight.records[expert : expert + 1]
+        maps = [decode(part[1], weight.rows(record, part)) for part in weight.parts]
+        width = sum(m.shape[0] for m in maps)
+        w = np.zeros((weight.n_in, _padded(width)), self.wide)
+        w[:, :width] = np.concatenate(maps).T
+        return w, width
 
 
 class _HostExperts:

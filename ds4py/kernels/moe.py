@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ds4py.kernels.ops import Array, Ops, Weight
+from collections.abc import Callable
+
+from ds4py.kernels.ops import Array, Ops, PackedWeight, Weight
+
+Observer = Callable[[Array, Array, Array], None]
+"""Sees expert ids [R], their inputs [R, D] and the inputs of their down maps [R, I]."""
 
 
 def swiglu(ops: Ops, gate: Array, up: Array, limit: float) -> Array:
@@ -13,7 +18,14 @@ def swiglu(ops: Ops, gate: Array, up: Array, limit: float) -> Array:
 
 
 def routed(
-    ops: Ops, x: Array, ids: Array, weight: Array, w13: Weight, w2: Weight, limit: float
+    ops: Ops,
+    x: Array,
+    ids: Array,
+    weight: Array,
+    w13: Weight | PackedWeight,
+    w2: Weight | PackedWeight,
+    limit: float,
+    observe: Observer | None = None,
 ) -> Array:
     """x [S, D], ids and weight [S, k]; w13 [E, 2I, D], w2 [E, D, I] -> float32 [S, D].
 
@@ -28,6 +40,8 @@ def routed(
     gate_up = ops.experts(x[order // k], expert_of, w13)  # [S*k, 2I]
     n_inner = gate_up.shape[1] // 2
     h = swiglu(ops, gate_up[:, :n_inner], gate_up[:, n_inner:], limit) * pair_weight[:, None]
+    if observe is not None:
+        observe(expert_of, x[order // k], h)
     y = ops.experts(h.astype(x.dtype), expert_of, w2).astype(ops.wide)
     y = y[ops.argsort(order, axis=0)].reshape(n_tokens, k, -1)
     return y.sum(1)

@@ -19,6 +19,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ds4py.formats.gguf_blocks import block_format, decode_mlx
+
 Array: TypeAlias = Any
 """An `mx.array` or a numpy array, as the model's `Ops` makes them."""
 Dtype: TypeAlias = Any
@@ -35,6 +37,22 @@ class Weight:
 
     arrays: tuple[Array, ...]
     widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Expert maps in block formats, one record per expert, decoded only where they are used."""
+
+    records: Array
+    """uint8 [E, record_bytes]"""
+    parts: tuple[tuple[slice, str], ...]
+    """Bytes of a record and their format, stacked on the output axis."""
+    n_in: int
+
+    def rows(self, records: Array, part: tuple[slice, str]) -> Array:
+        """One part of some records [n, record_bytes] as rows of blocks [n * out_i, row_bytes]."""
+        where, name = part
+        return records[:, where].reshape(-1, block_format(name).row_bytes(self.n_in))
 
 
 class ExpertBuilder(Protocol):
@@ -121,7 +139,7 @@ class Ops(Protocol):
         """x [S, G, in] through G maps [G, out, in] -> [S, G, out]."""
         ...
 
-    def experts(self, x: Array, ids: Array, weight: Weight) -> Array:
+    def experts(self, x: Array, ids: Array, weight: Weight | PackedWeight) -> Array:
         """x [R, in], ids [R] ascending -> [R, out], row r through expert ids[r]."""
         ...
 
@@ -196,12 +214,22 @@ class MlxOps:
         y = x.astype(w.dtype).swapaxes(0, 1) @ w.swapaxes(1, 2)
         return y.swapaxes(0, 1)
 
-    def experts(self, x: mx.array, ids: mx.array, weight: Weight) -> mx.array:
-        w = weight.arrays[0]  # [E, out, in]
+    def experts(self, x: mx.array, ids: mx.array, weight: Weight | PackedWeight) -> mx.array:
+        w = _unpacked(weight) if isinstance(weight, PackedWeight) else weight.arrays[0]
         y = mx.gather_mm(
             x.astype(w.dtype)[:, None, :], w.swapaxes(1, 2), rhs_indices=ids, sorted_indices=True
         )
         return y[:, 0, :]
+
+
+def _unpacked(weight: PackedWeight) -> mx.array:
+    """All experts of one layer, float32 [E, out, in], for this one use."""
+    n_experts = weight.records.shape[0]
+    maps = [
+        decode_mlx(part[1], weight.rows(weight.records, part)).reshape(n_experts, -1, weight.n_in)
+        for part in weight.parts
+    ]
+    return mx.concatenate(maps, axis=1)
 
 
 class _MlxExperts:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from ds4py.config import ModelConfig
 from ds4py.kernels import moe, route
-from ds4py.kernels.ops import Array, Ops, Weight
+from ds4py.kernels.ops import Array, Ops, PackedWeight, Weight
+
+ExpertWeight = Weight | PackedWeight
 
 
 class ExpertSource(Protocol):
@@ -19,15 +23,18 @@ class ExpertSource(Protocol):
 
 
 class ResidentExperts:
-    """All experts of all layers in memory."""
+    """All experts of all layers in memory, as float maps or packed."""
 
     def __init__(self, ops: Ops, swiglu_limit: float):
         self.ops, self.limit = ops, swiglu_limit
-        self.weights: dict[int, tuple[Weight, Weight]] = {}
+        self.weights: dict[int, tuple[ExpertWeight, ExpertWeight]] = {}
+        self.observe: Callable[[int, Array, Array, Array], None] | None = None
+        """Set while importance is collected: sees the layer and what `moe.Observer` sees."""
 
     def routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
         w13, w2 = self.weights[layer]
-        return moe.routed(self.ops, x, ids, weight, w13, w2, self.limit)
+        observe = partial(self.observe, layer) if self.observe is not None else None
+        return moe.routed(self.ops, x, ids, weight, w13, w2, self.limit, observe)
 
 
 @dataclass(frozen=True)

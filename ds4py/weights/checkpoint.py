@@ -39,7 +39,7 @@ class Checkpoint:
         shapes = names.expected(config)
         if self.has_draft:
             shapes |= names.expected_draft(config)
-        _check(directory, self.entries, shapes)
+        check_tensors(directory, self.entries, shapes)
         self.done_bytes = 0
         self.total_bytes = sum(
             e.n_bytes for name, e in self.entries.items() if not name.startswith("mtp.")
@@ -67,14 +67,21 @@ class Checkpoint:
     def _read(self, name: str) -> npt.NDArray[Any]:
         entry = self.entries[name]
         data = entry.read()
-        self.done_bytes += entry.n_bytes
-        if self.progress is not None and not name.startswith("mtp."):
-            self.progress("load", self.done_bytes, self.total_bytes)
+        self._report(0 if name.startswith("mtp.") else entry.n_bytes)
         return data
 
+    def _report(self, n_bytes: int) -> None:
+        """Count bytes of the main model as read; draft layers are loaded when first asked for."""
+        self.done_bytes += n_bytes
+        if self.progress is not None and n_bytes:
+            self.progress("load", self.done_bytes, self.total_bytes)
 
-def _check(directory: Path, entries: dict[str, TensorEntry], shapes: names.Shapes) -> None:
-    """All faults of one kind are counted, the first few named."""
+
+def check_tensors(directory: Path, entries: dict[str, TensorEntry], shapes: names.Shapes) -> None:
+    """Raise WeightsError unless exactly these tensors are there, in shapes and types we read.
+
+    All faults of one kind are counted, the first few named.
+    """
     missing = [name for name in shapes if name not in entries]
     if missing:
         raise WeightsError(

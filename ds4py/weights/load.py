@@ -13,16 +13,17 @@ from ds4py.cache.state import Series, series_of
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.errors import ConfigError
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.ops import F32, Array, Dtype, Ops, Weight
+from ds4py.kernels.ops import F32, Array, Dtype, Ops, PackedWeight, Weight
 from ds4py.kernels.rounding import FP4_ROW_BLOCK, FP8_ROW_BLOCK
 from ds4py.model.attention import Attention
 from ds4py.model.block import Block
 from ds4py.model.compressor import Compressor
 from ds4py.model.indexer import Indexer
-from ds4py.model.moe import MoE, ResidentExperts
+from ds4py.model.moe import ExpertWeight, MoE, ResidentExperts
 from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
 from ds4py.model.transformer import Transformer
+from ds4py.weights.bundle import Bundle, PackedLayer
 from ds4py.weights.checkpoint import Checkpoint
 
 
@@ -187,7 +188,7 @@ class Loader:
                 (read.matrix(f"{shared}.w3"), self.dtype),
             ]
         )
-        self.experts.weights[plan.index] = self._experts(f"{prefix}.experts")
+        self.experts.weights[plan.index] = self._experts(plan.index, f"{prefix}.experts")
         hashed, gate = plan.hash_routed, f"{prefix}.gate"
         return MoE(
             config=c,
@@ -200,7 +201,9 @@ class Loader:
             experts=self.experts,
         )
 
-    def _experts(self, prefix: str) -> tuple[Weight, Weight]:
+    def _experts(self, layer: int, prefix: str) -> tuple[ExpertWeight, ExpertWeight]:
+        if isinstance(self.checkpoint, Bundle):
+            return self._packed_experts(self.checkpoint.packed(layer))
         c, matrix = self.config, self.checkpoint.matrix
         d, n_inner, n = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
         w13 = self.ops.pack_experts(n, 2 * n_inner, d, self.dtype)
@@ -210,6 +213,15 @@ class Loader:
             w13.put(e, n_inner, matrix(f"{prefix}.{e}.w3"))
             w2.put(e, 0, matrix(f"{prefix}.{e}.w2"))
         return w13.done(), w2.done()
+
+    def _packed_experts(self, layer: PackedLayer) -> tuple[PackedWeight, PackedWeight]:
+        records = self.ops.array(layer.records)
+        gate, up, down = zip(layer.layout.slices(), layer.formats, strict=True)
+        c = self.config
+        return (
+            PackedWeight(records, (gate, up), c.hidden_size),
+            PackedWeight(records, (down,), c.moe_intermediate_size),
+        )
 
 
 def _check_rounding(config: ModelConfig) -> None:
