@@ -339,8 +339,34 @@ def _recall_step(
         known.extend(facts)
         fact_turn(chat, rng, facts)
     else:
-        count = min(len(known), rng.choice((1, 1, 2, 3, 4)))
-        recall_turn(chat, rng, rng.sample(known, count))
+        older = known[: (len(known) + 1) // 2]  # those least recently spoken of
+        asked = rng.sample(older, min(len(older), rng.choice((1, 1, 2, 3, 4))))
+        known[:] = [fact for fact in known if fact not in asked] + asked
+        recall_turn(chat, rng, asked)
+
+
+def facts_chat(rng: Random, n_facts: int) -> Chat:
+    """All facts first, then a question about each in another order: nearly every answer lies
+    beyond the window, which is what teaches the model to look further back."""
+    chat = start(rng)
+    names = rng.sample(NAMES, n_facts)
+    facts = [(n, fact_value(rng, n, False)) for n in names]
+    _in_groups(facts, rng, lambda group: fact_turn(chat, rng, group))
+    if rng.random() < 0.25:
+        story_turn(chat, rng)
+    rng.shuffle(facts)
+    _in_groups(facts, rng, lambda group: recall_turn(chat, rng, group))
+    return chat
+
+
+def _in_groups(
+    facts: list[tuple[str, str]], rng: Random, use: Callable[[list[tuple[str, str]]], None]
+) -> None:
+    at = 0
+    while at < len(facts):
+        size = rng.choice((1, 2, 3, 4, 5, 6))
+        use(facts[at : at + size])
+        at += size
 
 
 # --- graded cases -----------------------------------------------------------------------------

@@ -91,6 +91,9 @@ class Coder:
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.control = {t: self.sp.piece_to_id(t) for t in (BOS, EOS, *CONTROL)}
         self.digits = {self.sp.piece_to_id(str(d)) for d in range(10)}
+        self.names = {self.sp.piece_to_id(n) for n in stories.NAMES}
+        marks = ('"▁string="true">', '"▁string="false">')
+        self.values, self.close = {self.sp.piece_to_id(m) for m in marks}, self.sp.piece_to_id("</")
         self.assistant = self.control[ASSISTANT]
 
     def encode(self, segments: list[Segment]) -> list[int]:
@@ -103,7 +106,7 @@ class Coder:
         return str(self.sp.decode(ids))
 
     def chat(self, c: tasks.Chat, prompt_weight: float) -> tuple[list[int], list[float]]:
-        """Answers weigh 1, their digits 2, everything else `prompt_weight`."""
+        """Answers weigh 1 (see `_answer_weights`), everything else `prompt_weight`."""
         ids: list[int] = []
         weights: list[float] = []
         answering, opening = False, False
@@ -113,9 +116,17 @@ class Coder:
             if not answering or opening:
                 weights.extend([prompt_weight] * len(new))
             else:
-                weights.extend(2.0 if i in self.digits else 1.0 for i in new)
+                weights.extend(self._answer_weights(new))
             answering, opening = self._state(s, answering, opening)
         return ids, weights
+
+    def _answer_weights(self, ids: list[int]) -> list[float]:
+        """Digits weigh 2; values of tool arguments 3."""
+        weights, value = [], False
+        for i in ids:
+            weights.append(3.0 if value else 2.0 if i in self.digits else 1.0)
+            value = i in self.values or (value and i != self.close)
+        return weights
 
     @staticmethod
     def _state(s: Segment, answering: bool, opening: bool) -> tuple[bool, bool]:
@@ -145,7 +156,7 @@ class Coder:
 
 
 Mix = Mapping[str, float]
-"""Shares of tokens: recall, short, tools, story, drill."""
+"""Shares of tokens: facts, recall, short, tools, story, drill."""
 
 
 def document(
@@ -160,8 +171,39 @@ def document(
         return coder.chat(tasks.short_chat(rng), 0.1)
     if kind == "tools":
         return coder.chat(tasks.tool_chat(rng), 0.03)
+    if kind == "facts":
+        most = max(6, min(36, length // 24))
+        return coder.chat(tasks.facts_chat(rng, rng.randint(most // 3, most)), 0.0)
     chars = int(length * 3.2 * rng.uniform(0.3, 1.1))
     return coder.chat(tasks.recall_chat(rng, chars, rng.uniform(dense, 1.0)), 0.1)
+
+
+def sources(
+    coder: Coder, ids: list[int], weights: list[float], nearest: int
+) -> tuple[list[int], list[int]]:
+    """Where to look for a number, and for its owner.
+
+    First list: for every token before a digit of "NAME's number is 472" in an answer, where the
+    first digit of the same fact stood before, at least `nearest` tokens back; else -1. Second
+    list: for those tokens in every statement of a fact, where its name stands; else -1.
+    """
+    out, owners, facts = [-1] * len(ids), [-1] * len(ids), dict[tuple[int, ...], int]()
+    owner, at = -1, 0
+    while at < len(ids):
+        if ids[at] in coder.names:
+            owner, since = ids[at], at
+        if ids[at] not in coder.digits or owner < 0 or at - since > 8:
+            at += 1
+            continue
+        end = at
+        while end < len(ids) and ids[end] in coder.digits:
+            end += 1
+        fact = (owner, *ids[at:end])
+        if fact in facts and weights[at] >= 1 and at - facts[fact] >= nearest:
+            out[at - 1 : end - 1] = [facts[fact]] * (end - at)
+        owners[at - 1 : end] = [since] * (end - at + 1)
+        facts[fact], owner, at = at, -1, end
+    return out, owners
 
 
 class Packer:
@@ -175,7 +217,7 @@ class Packer:
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) <= length:
-            kind = self._next(mix) if ids or self.rng.random() < 0.5 else "recall"
+            kind = self._next(mix) if ids or self.rng.random() < 0.8 else "recall"
             new, w = document(self.coder, self.rng, kind, length, dense)
             kept = min(len(new), length + 1 - len(ids))
             self.used[kind] = self.used.get(kind, 0.0) + kept
@@ -194,3 +236,8 @@ class Packer:
         """ids [rows, length + 1] and the weight of predicting each of them."""
         made = [self.row(length, mix, dense) for _ in range(rows)]
         return np.array([m[0] for m in made]), np.array([m[1] for m in made], dtype=np.float32)
+
+    def sources(self, ids: np.ndarray, weights: np.ndarray, nearest: int) -> np.ndarray:
+        """`sources` of every row of a batch, [rows, 2, length + 1]."""
+        pairs = zip(ids.tolist(), weights.tolist(), strict=True)
+        return np.array([sources(self.coder, i, w, nearest) for i, w in pairs])

@@ -28,6 +28,13 @@ class Mode:
     select: bool = False
     """Attend to the indexer's choice only, instead of all compressed rows."""
     index_loss: bool = False
+    reach: int = 0
+    """If set, layers with compressed rows see only so much of their window: then even near
+    text must be found through the rows, which is how they learn to be found."""
+    sources: Tensor | None = None
+    """[B, 2, T]: where the number that is being recalled was stated, and where the name of a
+    number stands, or -1; and the weight of looking there (see `source_loss`, `owner_loss`)."""
+    source_weight: float = 0.0
     fused: bool = False
     """Token-wise parts compiled."""
 
@@ -96,6 +103,15 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.randn(ratio, width) * 0.5)
         self.norm = nn.Parameter(torch.ones(dim))
 
+    @torch.no_grad()
+    def start_as(self, wkv: Tensor) -> None:
+        """Begin with the window's projection, so that what finds a token finds its row; and with
+        a preference for a row's own tokens over those of the row before."""
+        self.wkv.copy_(torch.cat([wkv] * (2 if self.overlap else 1)))
+        if self.overlap:
+            self.ape.mul_(2.0)
+            self.ape[:, : self.dim] -= 1.0
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mode: Mode) -> Tensor:
         """x [B, T, D] -> rows [B, T // ratio, dim], rotated to their first token."""
         r = self.ratio
@@ -150,6 +166,8 @@ class Attention(nn.Module):
     def __init__(self, c: dict[str, Any], ratio: int) -> None:
         super().__init__()
         self.c, self.ratio = c, ratio
+        self.first = False
+        """The model's first layer, whose first head is taught to look at a number's owner."""
         self.heads, self.dim, self.window = (
             c["num_attention_heads"],
             c["head_dim"],
@@ -167,6 +185,8 @@ class Attention(nn.Module):
         self.wo_b = weight(d, self.groups * c["o_lora_rank"], 0.5)
         self.compressor = Compressor(c, ratio, self.dim) if ratio else None
         self.indexer = Indexer(c, ratio) if ratio == 4 else None
+        if self.compressor is not None:
+            self.compressor.start_as(self.wkv)
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, mode: Mode) -> tuple[Tensor, Tensor | None]:
@@ -211,7 +231,8 @@ class Attention(nn.Module):
         padded = F.pad(kv, (0, 0, w, 0)).to(mode.mm)
         keys = padded.unfold(1, 2 * w, w).transpose(2, 3).reshape(batch * blocks, 2 * w, dim)
         near = (q.reshape(batch * blocks, w * heads, dim) @ keys.transpose(1, 2)).float()
-        near = near.view(batch, blocks, w, heads, 2 * w) + _band(w, blocks)
+        reach = w if rows is None else mode.reach or w
+        near = near.view(batch, blocks, w, heads, 2 * w) + _band(w, blocks, reach)
         near = near.view(batch, length, heads, 2 * w)
         parts, loss = [near], None
         if rows is not None and bias is not None:
@@ -224,7 +245,13 @@ class Attention(nn.Module):
                 far = far + choice(scores.detach() + bias, self.c["index_topk"])[:, :, None]
             parts.append(far)
         sink = self.attn_sink[:, None].expand(batch, length, heads, 1)
-        p = torch.cat((*parts, sink), -1).softmax(-1).to(mode.mm)
+        p = torch.cat((*parts, sink), -1).softmax(-1)
+        if self.ratio == 4 and mode.sources is not None:
+            found = source_loss(p[..., 2 * w : -1], mode.sources[:, 0]) * mode.source_weight
+            loss = found if loss is None else loss + found
+        if self.first and mode.sources is not None:
+            loss = owner_loss(p[:, :, 0, : 2 * w], mode.sources[:, 1], w) * mode.source_weight
+        p = p.to(mode.mm)
         o = p[..., : 2 * w].reshape(batch * blocks, w * heads, 2 * w) @ keys
         o = o.view(batch, length, heads, dim)
         if rows is not None:
@@ -245,10 +272,10 @@ def _visible(length: int, n_rows: int, ratio: int) -> Tensor:
     return hidden.float() * -1e30
 
 
-def _band(w: int, blocks: int) -> Tensor:
-    """0 where a key of (block before, own block) is in the query's window. [blocks, w, 1, 2w]"""
+def _band(w: int, blocks: int, reach: int) -> Tensor:
+    """0 where a key of (block before, own block) is within reach. [blocks, w, 1, 2w]"""
     key, query = torch.arange(2 * w)[None], torch.arange(w)[:, None] + w
-    inside = (key <= query) & (key > query - w)
+    inside = (key <= query) & (key > query - reach)
     mask = inside.expand(blocks, w, 2 * w).clone()
     mask[0, :, :w] = False
     return (~mask).float()[:, :, None] * -1e30
@@ -273,6 +300,34 @@ def index_loss(near: Tensor, far: Tensor, sink: Tensor, scores: Tensor) -> Tenso
     kl = (target * (target.clamp_min(1e-9).log() - scores.log_softmax(-1))).sum(-1)
     weight = seen[..., 0] / far.shape[2]
     return (kl * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def source_loss(p: Tensor, sources: Tensor) -> Tensor:
+    """How little the first half of the heads looks at the rows that hold a recalled number.
+
+    p [B, T, H, R]: attention over rows; sources [B, T]: a token position, or -1. A token's row
+    and the row after it both pool the token. Guides the search for a needle that the loss of the
+    next token alone finds only after many more examples.
+    """
+    batch, at = (sources >= 0).nonzero(as_tuple=True)
+    if len(batch) == 0:
+        return p.new_zeros(())
+    row = (sources[batch, at] // 4)[:, None, None].expand(-1, p.shape[2] // 2, 1)
+    mine = p[batch, at, : p.shape[2] // 2]
+    mass = mine.gather(-1, row) + mine.gather(-1, (row + 1).clamp_max(p.shape[-1] - 1))
+    return -(mass[..., 0] + 1e-4).log().mean()
+
+
+def owner_loss(p: Tensor, owners: Tensor, w: int) -> Tensor:
+    """How little one head, at the digits of a fact, looks at the name they belong to.
+
+    p [B, T, 2w]: its attention over (block before, own block); owners [B, T]: a position, or -1.
+    """
+    batch, at = (owners >= 0).nonzero(as_tuple=True)
+    if len(batch) == 0:
+        return p.new_zeros(())
+    key = owners[batch, at] - (at // w - 1) * w
+    return -(p[batch, at].gather(-1, key[:, None]) + 1e-4).log().mean()
 
 
 class MoE(nn.Module):

@@ -26,30 +26,40 @@ from .score import report
 class Plan:
     """What changes over a run, as fractions of its time; read again while it runs."""
 
-    minutes: float = 80.0
+    minutes: float = 84.0
     lr: float = 0.02
-    warmup: float = 0.02
-    decay_from: float = 0.6
+    warmup: float = 0.01
+    decay_from: float = 0.64
     lengths: dict[str, float] = field(
-        default_factory=lambda: {"256": 0.0, "512": 0.2, "1024": 0.4}
+        default_factory=lambda: {"256": 0.0, "512": 0.15, "1024": 0.5}
     )
     """Sequence length -> from when."""
-    tokens: int = 8192
+    tokens: int = 4096
     """Per step."""
     micro: int = 4096
     """Per forward pass."""
-    index_loss_from: float = 0.3
-    select_from: float = 0.7
-    rounding_from: float = 0.6
+    index_loss_from: float = 0.54
+    select_from: float = 0.74
+    rounding_from: float = 0.64
     mtp_weight: float = 0.3
-    mtp_from: float = 0.45
+    mtp_from: float = 0.56
     balance: float = 0.002
     """Step of the router bias."""
-    dense: float = 0.5
+    reach: int = 8
+    """What of the window layers with compressed rows see in some steps, at first."""
+    reach_share: float = 0.6
+    """The share of such steps."""
+    reach_until: float = 0.5
+    source_weight: float = 0.5
+    source_until: float = 0.75
+    recall_weight: float = 3.0
+    """How much more the digits of recalled numbers weigh while `source_weight` acts."""
+    dense: float = 0.3
     """Least share of fact turns in recall conversations."""
     mix: dict[str, float] = field(
         default_factory=lambda: {
-            "recall": 0.4, "short": 0.2, "tools": 0.2, "story": 0.08, "drill": 0.12,
+            "facts": 0.25, "recall": 0.2, "short": 0.13, "tools": 0.25, "story": 0.05,
+            "drill": 0.12,
         }
     )
     score_every: float = 10.0
@@ -138,7 +148,7 @@ class Run:
             if self.step % 10 == 0:
                 self.log(row)
                 self.reread()
-            if self.elapsed - last_save > 3:
+            if self.elapsed - last_save > 2:
                 self.save()
                 last_save = self.elapsed
             if self.elapsed - last_score > self.plan.score_every:
@@ -150,12 +160,21 @@ class Run:
     def one_step(self) -> dict[str, Any]:
         plan, progress = self.plan, self.elapsed / self.plan.minutes
         length, mode = plan.length(progress), plan.mode(progress)
+        if progress < plan.reach_until and self.rng.random() < plan.reach_share:
+            mode.reach = plan.reach
         ids, weights = self.packer.batch(plan.tokens // length, length, plan.mix, plan.dense)
+        where = None
+        if progress < plan.source_until:
+            nearest = (mode.reach or CONFIG["sliding_window"]) + 4
+            where = torch.from_numpy(self.packer.sources(ids, weights, nearest)[:, :, :-1])
+            mode.source_weight = plan.source_weight
+            weights[:, 1:][where[:, 0].numpy() >= 0] *= plan.recall_weight
         weights = self.thin(weights)
         total, rows = float(weights[:, 1:].sum()), max(1, plan.micro // length)
         sums = np.zeros(3)
         for at in range(0, len(ids), rows):
             part = torch.from_numpy(ids[at : at + rows]), torch.from_numpy(weights[at : at + rows])
+            mode.sources = None if where is None else where[at : at + rows]
             main, draft, index = losses(self.model, *part, mode, progress >= plan.mtp_from)
             share = len(part[0]) / len(ids)
             loss = (main + plan.mtp_weight * draft) / total + share * index

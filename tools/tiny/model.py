@@ -100,6 +100,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(
             Block(c, c["compress_ratios"][i], i < c["num_hash_layers"]) for i in range(n)
         )
+        self.layers[0].attn.first = True
         self.head = Head(c)
         self.mtp = MTP(c) if draft else None
 
