@@ -1,0 +1,308 @@
+"""The tensors of a GGUF file under the checkpoint's names, as float32 arrays.
+
+All of a layer's experts are one 3-D tensor [in, out, expert] there; each is read by itself. The
+table `slots` is the contract: name, dims and types of every tensor, which a reader checks and a
+writer fills. Source: the files of antirez/ds4, which the layout was made for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ds4py.config import ModelConfig
+from ds4py.errors import WeightsError
+from ds4py.formats import fp_blocks, gguf_blocks
+from ds4py.formats.gguf import GGUF, TensorInfo, size_of
+from ds4py.weights import names
+from ds4py.weights.checkpoint import Progress
+from ds4py.weights.gguf_config import is_dspark
+
+F32 = npt.NDArray[np.float32]
+
+GLOBAL = {
+    "embed.weight": "token_embd.weight",
+    "head.weight": "output.weight",
+    "norm.weight": "output_norm.weight",
+    "hc_head_fn": "output_hc_fn.weight",
+    "hc_head_base": "output_hc_base.weight",
+    "hc_head_scale": "output_hc_scale.weight",
+}
+LAYER = {
+    "attn_norm.weight": "attn_norm.weight",
+    "ffn_norm.weight": "ffn_norm.weight",
+    "hc_attn_fn": "hc_attn_fn.weight",
+    "hc_attn_base": "hc_attn_base.weight",
+    "hc_attn_scale": "hc_attn_scale.weight",
+    "hc_ffn_fn": "hc_ffn_fn.weight",
+    "hc_ffn_base": "hc_ffn_base.weight",
+    "hc_ffn_scale": "hc_ffn_scale.weight",
+    "attn.wq_a.weight": "attn_q_a.weight",
+    "attn.q_norm.weight": "attn_q_a_norm.weight",
+    "attn.wq_b.weight": "attn_q_b.weight",
+    "attn.wkv.weight": "attn_kv.weight",
+    "attn.kv_norm.weight": "attn_kv_a_norm.weight",
+    "attn.attn_sink": "attn_sinks.weight",
+    "attn.wo_a.weight": "attn_output_a.weight",
+    "attn.wo_b.weight": "attn_output_b.weight",
+    "attn.compressor.wkv.weight": "attn_compressor_kv.weight",
+    "attn.compressor.wgate.weight": "attn_compressor_gate.weight",
+    "attn.compressor.ape": "attn_compressor_ape.weight",
+    "attn.compressor.norm.weight": "attn_compressor_norm.weight",
+    "attn.indexer.wq_b.weight": "indexer.attn_q_b.weight",
+    "attn.indexer.weights_proj.weight": "indexer.proj.weight",
+    "attn.indexer.compressor.wkv.weight": "indexer_compressor_kv.weight",
+    "attn.indexer.compressor.wgate.weight": "indexer_compressor_gate.weight",
+    "attn.indexer.compressor.ape": "indexer_compressor_ape.weight",
+    "attn.indexer.compressor.norm.weight": "indexer_compressor_norm.weight",
+    "ffn.gate.weight": "ffn_gate_inp.weight",
+    "ffn.gate.bias": "exp_probs_b.bias",
+    "ffn.gate.tid2eid": "ffn_gate_tid2eid.weight",
+    "ffn.experts.w1.weight": "ffn_gate_exps.weight",
+    "ffn.experts.w2.weight": "ffn_down_exps.weight",
+    "ffn.experts.w3.weight": "ffn_up_exps.weight",
+    "ffn.shared_experts.w1.weight": "ffn_gate_shexp.weight",
+    "ffn.shared_experts.w2.weight": "ffn_down_shexp.weight",
+    "ffn.shared_experts.w3.weight": "ffn_up_shexp.weight",
+}
+DRAFT = {
+    **{f"{name}.weight": f"{name}.weight" for name in ("e_proj", "h_proj")},
+    **{f"{name}.weight": f"{name}.weight" for name in ("enorm", "hnorm", "norm")},
+    **{f"hc_head_{part}": f"hc_head_{part}.weight" for part in ("fn", "base", "scale")},
+}
+"""Checkpoint name -> GGUF name, behind `layers.N.` and `blk.N.`, `mtp.N.` and `mtp.N.`."""
+
+EXPERT = re.compile(r"(?P<layer>(?:layers|mtp)\.\d+)\.ffn\.experts\.(?P<expert>\d+)\.(?P<part>.*)")
+
+# Types a class of tensors may have; the first is what the files of antirez/ds4 have.
+NUMBERS = ("F32", "F16", "BF16")
+HALVES = ("F16", "F32", "BF16")
+SMALL = ("F16", "F32", "BF16", "Q8_0")
+DENSE = ("Q8_0", "Q6_K", "Q4_K", "F16", "BF16", "F32")
+EMBEDDING = ("F16", "BF16", "F32", "Q8_0", "Q6_K", "Q4_K")
+EXPERTS = ("IQ2_XXS", "Q2_K", "Q4_K", "Q6_K", "MXFP4", "Q8_0", "F16", "BF16", "F32")
+DOWN_EXPERTS = ("Q2_K", "IQ2_XXS", *EXPERTS[2:])
+
+TYPES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"ffn_gate_tid2eid\.", ("I32",)),
+    (r"(ffn_gate|ffn_up)_exps\.", EXPERTS),
+    (r"ffn_down_exps\.", DOWN_EXPERTS),
+    (r"token_embd\.", EMBEDDING),
+    (r"norm\.|_base\.|_scale\.|attn_sinks\.|\.bias$", NUMBERS),
+    (r"_fn\.|_ape\.|ffn_gate_inp\.", HALVES),
+    (r"_compressor_(kv|gate)\.|indexer\.", SMALL),
+    (r"", DENSE),
+)
+"""The first pattern found in a GGUF name gives the types allowed."""
+
+
+class Slot(NamedTuple):
+    """One tensor of the contract."""
+
+    name: str
+    dims: tuple[int, ...]
+    """Fastest first."""
+    types: tuple[str, ...]
+    """Types it may have, the usual one first."""
+    holds: tuple[str, ...]
+    """Checkpoint names of what it holds, one behind the other."""
+
+
+def slots(config: ModelConfig, draft: bool = False) -> list[Slot]:
+    """Every tensor of a model's file, in the checkpoint's order; of its draft layer if `draft`."""
+    shapes = names.expected_draft(config) if draft else names.expected(config)
+    held: dict[str, list[str]] = {}
+    for name in shapes:
+        held.setdefault(gguf_name(name), []).append(name)
+    return [
+        Slot(name, _dims(name, shapes[parts[0]], len(parts)), _types(name), tuple(parts))
+        for name, parts in held.items()
+    ]
+
+
+def gguf_name(name: str) -> str:
+    """What the GGUF file calls a checkpoint's tensor; the same for all experts of a layer."""
+    expert = EXPERT.fullmatch(name)
+    if expert is not None:
+        name = f"{expert['layer']}.ffn.experts.{expert['part']}"
+    if name in GLOBAL:
+        return GLOBAL[name]
+    root, layer, rest = name.split(".", 2)
+    if root == "mtp":
+        return f"mtp.{layer}.{DRAFT.get(rest) or LAYER[rest]}"
+    return f"blk.{layer}.{LAYER[rest]}"
+
+
+def _dims(name: str, shape: tuple[int, ...], n_parts: int) -> tuple[int, ...]:
+    return (*reversed(shape), n_parts) if "_exps." in name else tuple(reversed(shape))
+
+
+def _types(name: str) -> tuple[str, ...]:
+    return next(types for pattern, types in TYPES if re.search(pattern, name))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A checkpoint's tensor inside a file: a whole tensor, or one expert of it."""
+
+    tensor: TensorInfo
+    shape: tuple[int, ...]
+    """[out, in]"""
+    start: int
+    n_bytes: int
+
+    @property
+    def file(self) -> Path:
+        return self.tensor.file
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.type
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        """Its bytes, [n_bytes]. Raises WeightsError."""
+        return self.tensor.read(self.start, self.n_bytes)
+
+
+class GGUFCheckpoint:
+    """A GGUF file as a source of weights; tensors are read and decoded one at a time."""
+
+    def __init__(
+        self,
+        file: GGUF,
+        config: ModelConfig,
+        progress: Progress | None = None,
+        draft: GGUF | None = None,
+    ):
+        """draft: a second file with the MTP layer's tensors, where the first has none.
+
+        Raises WeightsError for missing, left over or misshapen tensors, naming them.
+        """
+        self.config, self.progress = config, progress
+        tensors = {t.name: t for t in _wanted(file)}
+        for tensor in _wanted(draft) if draft is not None else ():
+            if tensor.name in tensors:
+                raise WeightsError(f"{tensor.name} stands in both {file.path} and {tensor.file}")
+            if tensor.name.startswith("mtp."):
+                tensors[tensor.name] = tensor
+        wanted = slots(config)
+        self.has_draft = any(name.startswith("mtp.") for name in tensors)
+        if self.has_draft:
+            wanted += slots(config, draft=True)
+        _check(file.path, tensors, wanted)
+        self.entries = {
+            name: part for slot in wanted for name, part in _parts(slot, tensors[slot.name])
+        }
+        self.done_bytes = 0
+        self.total_bytes = sum(
+            t.n_bytes for name, t in tensors.items() if not name.startswith("mtp.")
+        )
+
+    def matrix(self, name: str) -> F32:
+        """`name`.weight, decoded, [out, in] float32. Raises WeightsError."""
+        return self.floats(f"{name}.weight")
+
+    def floats(self, name: str) -> F32:
+        """A tensor of any numeric type, decoded. Raises WeightsError, also for NaN or infinity."""
+        part = self.entries[name]
+        values = decode(part.dtype, self._read(name), part.shape)
+        with np.errstate(invalid="ignore"):
+            finite = np.isfinite(values.min()) and np.isfinite(values.max())
+        if not finite:
+            raise WeightsError(
+                f"{part.file}: {part.tensor.name} ({name}) has values that are NaN or infinite; "
+                "the file is damaged, fetch it again"
+            )
+        return values
+
+    def integers(self, name: str) -> npt.NDArray[np.int32]:
+        """A table of expert ids, checked. Raises WeightsError."""
+        part = self.entries[name]
+        ids = self._read(name).view("<i4").astype(np.int32, copy=False).reshape(part.shape)
+        if ids.min() < 0 or ids.max() >= self.config.n_routed_experts:
+            raise WeightsError(
+                f"{part.file}: {part.tensor.name} has ids from {ids.min()} to {ids.max()}; need "
+                f"experts 0 to {self.config.n_routed_experts - 1}"
+            )
+        return ids
+
+    def _read(self, name: str) -> npt.NDArray[np.uint8]:
+        data = self.entries[name].read()
+        self.done_bytes += data.nbytes
+        if self.progress is not None and not name.startswith("mtp."):
+            self.progress("load", self.done_bytes, self.total_bytes)
+        return data
+
+
+def decode(type_name: str, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> F32:
+    """Bytes of one of the contract's numeric types -> float32 of that shape.
+
+    An MXFP4 scale that is NaN, which the block decoder takes for a number, makes its block NaN.
+    """
+    if type_name == "F32":
+        return data.view("<f4").astype(np.float32, copy=False).reshape(shape)
+    if type_name == "F16":
+        return data.view("<f2").astype(np.float32).reshape(shape)
+    if type_name == "BF16":
+        return fp_blocks.decode_bf16(data.view("<u2")).reshape(shape)
+    values = gguf_blocks.decode(type_name, data.reshape(prod(shape[:-1]), -1))
+    if type_name == "MXFP4":
+        values.reshape(-1, 32)[data.reshape(-1, 17)[:, 0] == 255] = np.nan
+    return values.reshape(shape)
+
+
+def _wanted(file: GGUF) -> Iterable[TensorInfo]:
+    """The file's tensors without those of a DSpark draft."""
+    dspark = is_dspark(file)
+    return (t for t in file.tensors.values() if not (dspark and t.name.startswith("mtp.")))
+
+
+def _parts(slot: Slot, tensor: TensorInfo) -> Iterable[tuple[str, Part]]:
+    n_bytes = tensor.n_bytes // len(slot.holds)
+    dims = slot.dims[:-1] if len(slot.holds) > 1 or "_exps." in slot.name else slot.dims
+    shape = tuple(reversed(dims))
+    assert size_of(tensor.type, dims) == n_bytes
+    for i, name in enumerate(slot.holds):
+        yield name, Part(tensor, shape, i * n_bytes, n_bytes)
+
+
+def _check(path: Path, tensors: dict[str, TensorInfo], wanted: list[Slot]) -> None:
+    missing = [slot.name for slot in wanted if slot.name not in tensors]
+    if missing:
+        raise WeightsError(
+            f"{path} lacks {len(missing)} of {len(wanted)} tensors: {_few(missing)}; its metadata "
+            "calls for them"
+        )
+    left_over = sorted(set(tensors) - {slot.name for slot in wanted})
+    if left_over:
+        raise WeightsError(
+            f"{path} has {len(left_over)} tensors its metadata does not call for: {_few(left_over)}"
+        )
+    for slot in wanted:
+        tensor = tensors[slot.name]
+        if tensor.dims != slot.dims:
+            raise WeightsError(
+                f"{path}: {slot.name} has dims {list(tensor.dims)}; the metadata calls for "
+                f"{list(slot.dims)}"
+            )
+        if tensor.type not in slot.types:
+            raise WeightsError(
+                f"{path}: {slot.name} has type {tensor.type}; need {' or '.join(slot.types)}"
+            )
+        pair = tensors.get(slot.name.replace("ffn_gate_exps", "ffn_up_exps"), tensor)
+        if pair.type != tensor.type:
+            raise WeightsError(
+                f"{path}: {tensor.name} is {tensor.type} and {pair.name} {pair.type}; need one "
+                "type for both"
+            )
+
+
+def _few(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
