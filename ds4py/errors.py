@@ -35,3 +35,7 @@ class PromptError(InputError):
 
 class OptionsError(InputError):
     """An option has a value that makes no sense."""
+
+
+class PullError(InputError):
+    """A model cannot be fetched: the hub, the network, the disk, or what arrived is at fault."""

@@ -229,6 +229,37 @@ def verify(
     return run(given.choose_model(model), samples, seed)
 
 
+@app.command(short_help="Fetch a model.")
+def pull(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|REPO",
+            show_default=False,
+            help="flash, pro, flash-gguf, or a repository of the hub: ORG/REPO or ORG/REPO/FILE.",
+        ),
+    ],
+    revision: Annotated[
+        str | None, typer.Option(metavar="R", help="Branch, tag or commit of the repository.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Put the files there. Default: NAME in $DS4_MODELS."),
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(metavar="T", help="Hub token. Default: that of `hf auth login`.")
+    ] = None,
+) -> int:
+    """Fetch a model from the Hugging Face hub and check every file. Prints the model's directory.
+
+    It can be stopped at any time: the same command goes on where it was, and until all is checked
+    there is no model. Afterwards --model takes the NAME.
+    """
+    from ds4py.cli.pull import run
+
+    return run(name, revision, to, token)
+
+
 bench = typer.Typer(
     help="Measure the engine.",
     rich_markup_mode=None,

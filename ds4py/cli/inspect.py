@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ds4py.cli.model import announce
-from ds4py.cli.settings import ModelChoice
+from ds4py.cli.settings import ModelChoice, models_directory
 from ds4py.errors import OptionsError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(model: ModelChoice, context: int | None) -> int:
     if context is not None and context < 1:
         raise OptionsError(f"--context is {context}; give a number of tokens, 1 or more")
     announce(model)
-    directory = resolve(model.name)
+    directory = resolve(model.name, models_directory())
     config = ModelConfig.load(directory)
     classes = classify(read_directory(directory))
     print(f"{'model':12}{model.name} ({directory})")

@@ -5,7 +5,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ds4py.cli.progress import ProgressBar
-from ds4py.cli.settings import ModelChoice, Settings
+from ds4py.cli.settings import ModelChoice, Settings, models_directory
 from ds4py.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ def open_engine(settings: Settings) -> tuple["Engine", float]:
     announce(settings.model)
     start = perf_counter()
     from ds4py import Engine
+    from ds4py.engine.engine import resolve
 
     with ProgressBar(sys.stderr) as bar:
-        engine = Engine.open(settings.model.name, options, bar)
+        engine = Engine.open(resolve(settings.model.name, models_directory()), options, bar)
     return engine, perf_counter() - start
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ds4py.errors import OptionsError, PromptError
@@ -30,6 +31,15 @@ def choose_model(option: str | None, environ: Mapping[str, str] = os.environ) ->
     if name := environ.get("DS4_MODEL"):
         return ModelChoice(name, f"ds4: model {name} (from DS4_MODEL)")
     return ModelChoice(DEFAULT_MODEL, f"ds4: model {DEFAULT_MODEL} (embedded)")
+
+
+def models_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where `ds4 pull` puts models: DS4_MODELS, else `ds4/models` in the user's data directory."""
+    if chosen := environ.get("DS4_MODELS"):
+        return Path(chosen).expanduser()
+    root = environ.get("XDG_DATA_HOME") or ""
+    data = Path(root) if os.path.isabs(root) else Path.home() / ".local" / "share"
+    return data / "ds4" / "models"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ds4py.engine import memory
 from ds4py.engine.options import EngineOptions
 from ds4py.engine.session import Session, check_tokens
 from ds4py.errors import InputError, OptionsError, WeightsError
+from ds4py.hub import manifest, place
 from ds4py.kernels import build
 from ds4py.model.mtp import DraftLayer
 from ds4py.text import tokenizer as tokenizers
@@ -34,20 +35,34 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 Progress = Callable[[str, int, int], None]
 
 
-def resolve(name: str | os.PathLike[str]) -> Path:
-    """A model's directory from its name or path. Raises InputError."""
+def resolve(name: str | os.PathLike[str], models: Path | None = None) -> Path:
+    """A model's directory from its path, or from its name. Raises InputError.
+
+    models: where pulled models lie; None: the usual place in the user's home.
+    """
     if str(name) == EMBEDDED:
         return assets.path("models", EMBEDDED)
     path = Path(name).expanduser()
+    if not path.exists():
+        path = place.find(str(name), models or place.default_models()) or path
+    if place.is_unfinished(path):
+        raise InputError(
+            f"{path} is a download that is not finished; give the same `ds4 pull` again, it goes "
+            "on where it was"
+        )
     if path.is_dir():
         return path
     if path.exists():
         raise InputError(
             f"{path} is a file; a model is a directory with config.json and *.safetensors"
         )
+    if str(name) in manifest.names():
+        raise InputError(
+            f"the model {name} is not on this machine; fetch it with `ds4 pull {name}`"
+        )
     raise InputError(
-        f"no model {str(name)!r}: there is no such directory, and the only named model is "
-        f"'{EMBEDDED}'"
+        f"no model {str(name)!r}: there is no such directory and no pulled model of that name; "
+        f"names are {EMBEDDED}, {', '.join(manifest.names())}, or what `ds4 pull` fetched"
     )
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"errors"},
     {"assets", "config"},
-    {"text", "formats"},
+    {"text", "formats", "hub"},
     {"kernels"},
     {"cache"},
     {"model"},
