@@ -62,6 +62,7 @@ def write(args: argparse.Namespace, pieces: bytes) -> None:
     model = Model(CONFIG)
     model.load_state_dict(torch.load(args.out / "state.pt", weights_only=False)["model"])
     size = export.write(model, pieces, args.export)
+    (args.export / "curve.csv").write_text(export.curve(args.out / "curve.jsonl"))
     print(f"{args.export}: {size / 2**20:.1f} MiB")
     mode = Mode(row_rounding=True, select=True)
     scores = report(export.read(args.export), mode, data.Coder(pieces), args.score)

@@ -63,7 +63,38 @@ def write(model: Model, tokenizer: bytes, folder: Path) -> int:
     (folder / "config.json").write_text(text + "\n")
     save_file(state(model), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "tokenizer.model").write_bytes(tokenizer)
+    (folder / "model.safetensors").chmod(0o644)
     return sum(f.stat().st_size for f in folder.iterdir())
+
+
+COLUMNS = ("minutes", "tokens", "length", "loss", "mtp")
+SCORES = ("recall", "addition", "addition_thinking", "tool_call", "tool_answer", "story_loss")
+
+
+def curve(log: Path, every: int = 10) -> str:
+    """A run's log as CSV: means of `every` rows, and the scores taken on the way.
+
+    After an interruption a run writes some minutes again; the earlier rows are left out.
+    """
+    rows: list[dict[str, Any]] = []
+    for line in log.read_text().splitlines():
+        row = json.loads(line)
+        while rows and rows[-1]["minutes"] > row["minutes"]:
+            rows.pop()
+        rows.append(row)
+    lines, part = [",".join((*COLUMNS, *SCORES))], list[dict[str, Any]]()
+    for row in rows:
+        if "score" in row:
+            scores = (str(row["score"].get(name, "")) for name in SCORES)
+            lines.append(",".join((str(row["minutes"]), "", "", "", "", *scores)))
+            continue
+        part.append(row)
+        if len(part) == every:
+            loss, mtp = (sum(r[k] for r in part) / every for k in ("loss", "mtp"))
+            head = (part[-1]["minutes"], part[-1]["tokens"], part[-1]["length"])
+            lines.append(",".join((*map(str, head), f"{loss:.4f}", f"{mtp:.4f}", *[""] * 6)))
+            part = []
+    return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
