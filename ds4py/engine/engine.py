@@ -20,23 +20,23 @@ from ds4py.engine import memory
 from ds4py.engine.options import EngineOptions
 from ds4py.engine.session import Session, check_tokens
 from ds4py.errors import InputError, OptionsError, WeightsError
+from ds4py.formats import gguf
 from ds4py.hub import manifest, place
 from ds4py.kernels import build
+from ds4py.model.moe import ResidentExperts
 from ds4py.model.mtp import DraftLayer
-from ds4py.text import tokenizer as tokenizers
 from ds4py.text.tokenizer import Tokenizer
-from ds4py.weights.checkpoint import Checkpoint
+from ds4py.weights.files import ModelFiles
 from ds4py.weights.load import Loader
 
 EMBEDDED = "tiny"
 """The model that travels with the package."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 Progress = Callable[[str, int, int], None]
 
 
 def resolve(name: str | os.PathLike[str], models: Path | None = None) -> Path:
-    """A model's directory from its path, or from its name. Raises InputError.
+    """A model's directory or GGUF file from its path or name. Raises InputError.
 
     models: where pulled models lie; None: the usual place in the user's home.
     """
@@ -50,11 +50,12 @@ def resolve(name: str | os.PathLike[str], models: Path | None = None) -> Path:
             f"{path} is a download that is not finished; give the same `ds4 pull` again, it goes "
             "on where it was"
         )
-    if path.is_dir():
+    if path.is_dir() or gguf.is_gguf(path):
         return path
     if path.exists():
         raise InputError(
-            f"{path} is a file; a model is a directory with config.json and *.safetensors"
+            f"{path} is a file; a model is a directory with config.json and *.safetensors, or a "
+            "GGUF file"
         )
     if str(name) in manifest.names():
         raise InputError(
@@ -70,10 +71,11 @@ class Engine:
     """A loaded model. Made by `Engine.open`; everything is read-only but the counters."""
 
     def __init__(
-        self, directory: Path, name: str, options: EngineOptions, progress: Progress | None
+        self, path: Path, name: str, options: EngineOptions, progress: Progress | None
     ):
         self.name, self.options = name, options
-        self.config = ModelConfig.load(directory)
+        files = ModelFiles.at(path)
+        self.config: ModelConfig = files.config
         self.context = options.context or self.config.max_position_embeddings
         if self.context > self.config.max_position_embeddings:
             raise OptionsError(
@@ -84,10 +86,9 @@ class Engine:
         if options.memory is not None:
             itemsize = ops.zeros((1,), dtype).nbytes
             memory.check_budget(self.config, options.memory, self.context, itemsize)
-        has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
-        self.tokenizer: Tokenizer | None = tokenizers.load(directory) if has_tokenizer else None
-        checkpoint = Checkpoint(directory, self.config, progress)
-        self._loader = Loader(checkpoint, ops, dtype, options.trained_rounding)
+        self.tokenizer: Tokenizer | None = files.tokenizer()
+        source = files.source(progress)
+        self._loader = Loader(source, ops, dtype, options.trained_rounding)
         self.model = self._loader.transformer()
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0}
 
@@ -98,12 +99,12 @@ class Engine:
         options: EngineOptions | None = None,
         progress: Progress | None = None,
     ) -> Engine:
-        """Load a model directory in DeepSeek's layout, or the embedded model by name.
+        """Load a directory in DeepSeek's layout, a bundle, a GGUF file, or a model by its name.
 
         Raises InputError and its kin: ConfigError, WeightsError, TokenizerError, OptionsError.
         """
-        directory = resolve(path_or_name)
-        return cls(directory, directory.name, options or EngineOptions(), progress)
+        path = resolve(path_or_name)
+        return cls(path, path.name, options or EngineOptions(), progress)
 
     def session(self) -> Session:
         """A new, empty timeline."""
@@ -114,6 +115,11 @@ class Engine:
         session = Session(self)
         session.load(Path(path))
         return session
+
+    @property
+    def experts(self) -> ResidentExperts:
+        """The routed experts of all layers."""
+        return self._loader.experts
 
     @cached_property
     def draft(self) -> DraftLayer:

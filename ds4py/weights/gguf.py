@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,14 @@ DRAFT = {
 """Checkpoint name -> GGUF name, behind `layers.N.` and `blk.N.`, `mtp.N.` and `mtp.N.`."""
 
 EXPERT = re.compile(r"(?P<layer>(?:layers|mtp)\.\d+)\.ffn\.experts\.(?P<expert>\d+)\.(?P<part>.*)")
+
+PLAIN: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I32": np.int32,
+}
+"""How numpy holds the types without blocks."""
 
 # Types a class of tensors may have; the first is what the files of antirez/ds4 have.
 NUMBERS = ("F32", "F16", "BF16")
@@ -166,9 +174,16 @@ class Part:
     def dtype(self) -> str:
         return self.tensor.type
 
-    def read(self) -> npt.NDArray[np.uint8]:
-        """Its bytes, [n_bytes]. Raises WeightsError."""
-        return self.tensor.read(self.start, self.n_bytes)
+    def read(self) -> npt.NDArray[Any]:
+        """Plain numbers in `shape`, BF16 as uint16; blocks as uint8 [rows, bytes of a row].
+
+        Raises WeightsError.
+        """
+        data = self.tensor.read(self.start, self.n_bytes)
+        plain = PLAIN.get(self.dtype)
+        if plain is None:
+            return data.reshape(prod(self.shape[:-1]), -1)
+        return data.view(np.dtype(plain).newbyteorder("<")).reshape(self.shape)
 
 
 class GGUFCheckpoint:
@@ -211,8 +226,13 @@ class GGUFCheckpoint:
 
     def floats(self, name: str) -> F32:
         """A tensor of any numeric type, decoded. Raises WeightsError, also for NaN or infinity."""
-        part = self.entries[name]
-        values = decode(part.dtype, self._read(name), part.shape)
+        part, data = self.entries[name], self._read(name)
+        if part.dtype == "BF16":
+            values = fp_blocks.decode_bf16(data)
+        elif part.dtype in PLAIN:
+            values = data.astype(np.float32, copy=False)
+        else:
+            values = _decode(part.dtype, data).reshape(part.shape)
         with np.errstate(invalid="ignore"):
             finite = np.isfinite(values.min()) and np.isfinite(values.max())
         if not finite:
@@ -224,8 +244,7 @@ class GGUFCheckpoint:
 
     def integers(self, name: str) -> npt.NDArray[np.int32]:
         """A table of expert ids, checked. Raises WeightsError."""
-        part = self.entries[name]
-        ids = self._read(name).view("<i4").astype(np.int32, copy=False).reshape(part.shape)
+        part, ids = self.entries[name], self._read(name).astype(np.int32, copy=False)
         if ids.min() < 0 or ids.max() >= self.config.n_routed_experts:
             raise WeightsError(
                 f"{part.file}: {part.tensor.name} has ids from {ids.min()} to {ids.max()}; need "
@@ -233,29 +252,22 @@ class GGUFCheckpoint:
             )
         return ids
 
-    def _read(self, name: str) -> npt.NDArray[np.uint8]:
-        data = self.entries[name].read()
-        self.done_bytes += data.nbytes
-        if self.progress is not None and not name.startswith("mtp."):
-            self.progress("load", self.done_bytes, self.total_bytes)
+    def _read(self, name: str) -> npt.NDArray[Any]:
+        part = self.entries[name]
+        data = part.read()
+        if not name.startswith("mtp."):  # draft layers are loaded when first asked for
+            self.done_bytes += part.n_bytes
+            if self.progress is not None:
+                self.progress("load", self.done_bytes, self.total_bytes)
         return data
 
 
-def decode(type_name: str, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> F32:
-    """Bytes of one of the contract's numeric types -> float32 of that shape.
-
-    An MXFP4 scale that is NaN, which the block decoder takes for a number, makes its block NaN.
-    """
-    if type_name == "F32":
-        return data.view("<f4").astype(np.float32, copy=False).reshape(shape)
-    if type_name == "F16":
-        return data.view("<f2").astype(np.float32).reshape(shape)
-    if type_name == "BF16":
-        return fp_blocks.decode_bf16(data.view("<u2")).reshape(shape)
-    values = gguf_blocks.decode(type_name, data.reshape(prod(shape[:-1]), -1))
+def _decode(type_name: str, data: npt.NDArray[np.uint8]) -> F32:
+    """Blocks -> float32. An MXFP4 scale that is NaN, to the decoder a number, gives NaN."""
+    values = gguf_blocks.decode(type_name, data)
     if type_name == "MXFP4":
         values.reshape(-1, 32)[data.reshape(-1, 17)[:, 0] == 255] = np.nan
-    return values.reshape(shape)
+    return values
 
 
 def _wanted(file: GGUF) -> Iterable[TensorInfo]:

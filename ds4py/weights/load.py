@@ -24,14 +24,14 @@ from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
 from ds4py.model.transformer import Transformer
 from ds4py.weights.bundle import Bundle, PackedLayer
-from ds4py.weights.checkpoint import Checkpoint
+from ds4py.weights.source import Source
 
 
 @dataclass
 class Loader:
     """Reads a checkpoint into modules of one numeric type on one `Dense`."""
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     ops: Ops
     dtype: Dtype
     trained_rounding: bool
