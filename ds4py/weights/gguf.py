@@ -21,7 +21,9 @@ from ds4py.config import ModelConfig
 from ds4py.errors import WeightsError
 from ds4py.formats import fp_blocks, gguf_blocks
 from ds4py.formats.gguf import GGUF, TensorInfo, size_of
+from ds4py.formats.gguf_blocks.scales import are_finite
 from ds4py.weights import names
+from ds4py.weights.bundle import PackedLayer, layout_of
 from ds4py.weights.checkpoint import Progress
 from ds4py.weights.gguf_config import is_dspark
 
@@ -227,20 +229,32 @@ class GGUFCheckpoint:
     def floats(self, name: str) -> F32:
         """A tensor of any numeric type, decoded. Raises WeightsError, also for NaN or infinity."""
         part, data = self.entries[name], self._read(name)
-        if part.dtype == "BF16":
-            values = fp_blocks.decode_bf16(data)
-        elif part.dtype in PLAIN:
-            values = data.astype(np.float32, copy=False)
-        else:
-            values = _decode(part.dtype, data).reshape(part.shape)
-        with np.errstate(invalid="ignore"):
-            finite = np.isfinite(values.min()) and np.isfinite(values.max())
-        if not finite:
-            raise WeightsError(
-                f"{part.file}: {part.tensor.name} ({name}) has values that are NaN or infinite; "
-                "the file is damaged, fetch it again"
-            )
+        if part.dtype not in PLAIN:
+            return gguf_blocks.decode(part.dtype, data).reshape(part.shape)
+        values = data if part.dtype != "BF16" else fp_blocks.decode_bf16(data)
+        values = values.astype(np.float32, copy=False)
+        with np.errstate(invalid="ignore"):  # comparisons with NaN
+            if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+                raise self._not_finite(name)
         return values
+
+    def packed(self, layer: int) -> PackedLayer | None:
+        """One layer's experts as records of blocks, None where they are plain numbers.
+
+        layer: its number, draft layers behind those of the main model. Raises WeightsError.
+        """
+        n_main, n_experts = len(self.config.layers), self.config.n_routed_experts
+        root = f"layers.{layer}" if layer < n_main else f"mtp.{layer - n_main}"
+        stems = [(f"{root}.ffn.experts.", f".{w}.weight") for w in ("w1", "w3", "w2")]
+        gate, up, down = (self.entries[f"{head}0{tail}"].dtype for head, tail in stems)
+        if {gate, up, down} & PLAIN.keys():
+            return None
+        layout = layout_of(self.config, (gate, up, down))
+        records = np.zeros((n_experts, layout.record_bytes), np.uint8)
+        for (head, tail), where in zip(stems, layout.slices(), strict=True):
+            for expert in range(n_experts):
+                records[expert, where] = self._read(f"{head}{expert}{tail}").ravel()
+        return PackedLayer(records, layout, (gate, up, down))
 
     def integers(self, name: str) -> npt.NDArray[np.int32]:
         """A table of expert ids, checked. Raises WeightsError."""
@@ -255,19 +269,20 @@ class GGUFCheckpoint:
     def _read(self, name: str) -> npt.NDArray[Any]:
         part = self.entries[name]
         data = part.read()
+        if part.dtype not in PLAIN and not are_finite(part.dtype, data):
+            raise self._not_finite(name)
         if not name.startswith("mtp."):  # draft layers are loaded when first asked for
             self.done_bytes += part.n_bytes
             if self.progress is not None:
                 self.progress("load", self.done_bytes, self.total_bytes)
         return data
 
-
-def _decode(type_name: str, data: npt.NDArray[np.uint8]) -> F32:
-    """Blocks -> float32. An MXFP4 scale that is NaN, to the decoder a number, gives NaN."""
-    values = gguf_blocks.decode(type_name, data)
-    if type_name == "MXFP4":
-        values.reshape(-1, 32)[data.reshape(-1, 17)[:, 0] == 255] = np.nan
-    return values
+    def _not_finite(self, name: str) -> WeightsError:
+        part = self.entries[name]
+        return WeightsError(
+            f"{part.file}: {part.tensor.name} ({name}) has values that are NaN or infinite; the "
+            "file is damaged, fetch it again"
+        )
 
 
 def _wanted(file: GGUF) -> Iterable[TensorInfo]:

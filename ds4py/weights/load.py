@@ -24,6 +24,7 @@ from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
 from ds4py.model.transformer import Transformer
 from ds4py.weights.bundle import Bundle, PackedLayer
+from ds4py.weights.gguf import GGUFCheckpoint
 from ds4py.weights.source import Source
 
 
@@ -202,8 +203,10 @@ class Loader:
         )
 
     def _experts(self, layer: int, prefix: str) -> tuple[ExpertWeight, ExpertWeight]:
-        if isinstance(self.checkpoint, Bundle):
-            return self._packed_experts(self.checkpoint.packed(layer))
+        if isinstance(self.checkpoint, Bundle | GGUFCheckpoint):
+            packed = self.checkpoint.packed(layer)
+            if packed is not None:
+                return self._packed_experts(packed)
         c, matrix = self.config, self.checkpoint.matrix
         d, n_inner, n = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
         w13 = self.ops.pack_experts(n, 2 * n_inner, d, self.dtype)

@@ -40,6 +40,7 @@ PRESET = Preset(
 # Pattern of a GGUF name -> type; what matches none has the usual type of the contract.
 Q2 = ()
 Q4 = ((r"_exps\.", "Q4_K"),)
+PLAIN = ((r"exps\.|_q_a\.", "F16"), (r"_kv\.", "BF16"), (r"attn_output", "F32"))
 MIXED = (
     (r"ffn_(gate|up)_exps\.", "MXFP4"),
     (r"blk\.3\.ffn_down_exps\.", "Q6_K"),

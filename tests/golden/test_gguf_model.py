@@ -15,7 +15,7 @@ from ds4py.text.messages import Segment
 from ds4py.weights.checkpoint import Checkpoint
 from ds4py.weights.gguf import GGUFCheckpoint
 from ds4py.weights.gguf_config import config_of
-from tests.golden.gguf_files import MIXED, PRESET, Q2, Q4, Built, build
+from tests.golden.gguf_files import MIXED, PLAIN, PRESET, Q2, Q4, Built, build
 
 EXACT = EngineOptions(dtype="float32", trained_rounding=False)
 
@@ -27,8 +27,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.mark.parametrize(
     ("types", "by_package"),
-    [(Q2, False), (Q2, True), (Q4, False), (MIXED, False)],
-    ids=["q2", "q2 by the gguf package", "q4", "mixed"],
+    [(Q2, False), (Q2, True), (Q4, False), (MIXED, False), (PLAIN, False)],
+    ids=["q2", "q2 by the gguf package", "q4", "mixed", "plain"],
 )
 def test_logits(tmp_path: Path, types: tuple[tuple[str, str], ...], by_package: bool) -> None:
     model = build(tmp_path, types, by_package=by_package)
@@ -37,6 +37,20 @@ def test_logits(tmp_path: Path, types: tuple[tuple[str, str], ...], by_package: 
     assert np.isfinite(logits).all() and logits.std() > 0.5
     np.testing.assert_array_equal(logits, wide.score(model.ids))
     np.testing.assert_array_equal(packed.score_mtp(model.ids), wide.score_mtp(model.ids))
+
+
+def test_experts_stay_packed(built: Built) -> None:
+    """In memory they are the file's blocks, in records of whole pages."""
+    file = gguf.read(built.path)
+    source = GGUFCheckpoint(file, config_of(file))
+    for layer in (2, 4):  # the second is the draft layer
+        packed = source.packed(layer)
+        assert packed is not None and packed.formats == ("IQ2_XXS", "IQ2_XXS", "Q2_K")
+        assert packed.records.shape == (6, 65536)  # 2 x 16896 and 21504 bytes, padded
+        prefix = "layers.2" if layer == 2 else "mtp.0"
+        for part, where in zip(("w1", "w3", "w2"), packed.layout.slices(), strict=True):
+            blocks = source.entries[f"{prefix}.ffn.experts.5.{part}.weight"].read()
+            np.testing.assert_array_equal(packed.records[5, where], blocks.ravel())
 
 
 def test_every_tensor_is_the_value_it_stands_for(tmp_path: Path) -> None:
