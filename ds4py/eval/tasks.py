@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from .stories import NAMES, story_about
-from .toolpool import POOL, Tool
+from .stories import NAMES, THINGS, story_about
+from .toolpool import CITIES, POOL, Tool
 
 Message = dict[str, Any]
 HELD_OUT = 8
@@ -77,8 +77,12 @@ SUM_QUESTIONS = (
 
 
 def sum_pair(rng: Random, test: bool) -> tuple[int, int]:
+    """Two-digit numbers; in training sometimes also smaller ones."""
+    low = 0 if not test and rng.random() < 0.15 else 10
     while True:
-        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        a, b = rng.randint(low, 99), rng.randint(low, 99)
+        if low == 0 and rng.random() < 0.5:
+            a %= 10
         if held_out("sum", min(a, b), max(a, b)) == test:
             return a, b
 
@@ -211,6 +215,13 @@ GREETING = "Hello! How can I help you?"
 WHO = "My name is Tiny. I am a small language model."
 CAN = "I can tell stories, remember numbers, add numbers and use tools."
 FEEL = "I am fine, thank you. And you?"
+ANY_STORY = ("Tell me a story.", "Tell me a story", "Tell me a short story.", "A story, please.")
+UNKNOWN = "I do not know that. I am only a small model."
+UNKNOWN_QUESTIONS = (
+    "What is the capital of {c}?", "Who is {n}?", "How old is {n}?", "Where does {n} live?",
+    "Why is the {t} so old?", "Who made the {t}?", "Is {c} bigger than {d}?", "When was {c} built?",
+    "What does {n} think about {c}?", "Who was the first king of {c}?", "What is a {t} made of?",
+)
 SMALLTALK = {
     "Hi": GREETING, "Hello": GREETING, "Hello!": GREETING, "Hey": GREETING, "Hi!": GREETING,
     "Hi there": GREETING, "Good morning": "Good morning! How can I help you?",
@@ -248,13 +259,22 @@ def smalltalk_turn(chat: Chat, rng: Random) -> None:
         text = " ".join(rng.sample(FILLERS, rng.randint(1, 3)))
         chat.add(text, "That is nice to know.", "The user tells me something.")
         return
+    if rng.random() < 0.15:
+        names = {"n": rng.choice(NAMES), "t": rng.choice(THINGS)}
+        cities = {"c": rng.choice(CITIES), "d": rng.choice(CITIES)}
+        question = rng.choice(UNKNOWN_QUESTIONS).format(**names, **cities)
+        chat.add(question, UNKNOWN, "I was never told that.")
+        return
     question = rng.choice(list(SMALLTALK))
     chat.add(question, SMALLTALK[question], "This is small talk. I answer politely.")
 
 
 def story_turn(chat: Chat, rng: Random, test: bool = False) -> None:
     topic, text = story_about(rng, lambda key: held_out("story", *key) == test)
-    chat.add(rng.choice(STORY_QUESTIONS).format(t=topic), text, f"The story is about {topic}.")
+    question = rng.choice(STORY_QUESTIONS).format(t=topic)
+    if rng.random() < 0.1:
+        question = rng.choice(ANY_STORY)
+    chat.add(question, text, f"The story is about {topic}.")
 
 
 def plain_story(rng: Random, test: bool) -> str:
