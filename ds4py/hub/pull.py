@@ -21,7 +21,7 @@ from ds4py.hub import place
 from ds4py.hub.fetch import Crew, Progress
 from ds4py.hub.manifest import SUFFIXES, Manifest
 from ds4py.hub.parts import PART_BYTES, PartialFile
-from ds4py.hub.place import FileRecord, Record
+from ds4py.hub.place import FileRecord, Record, size
 from ds4py.hub.remote import Remote
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -198,11 +198,3 @@ def _sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def size(n_bytes: int) -> str:
-    """`159.6 GB`."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= limit:
-            return f"{n_bytes / limit:.1f} {unit}"
-    return f"{n_bytes} bytes"

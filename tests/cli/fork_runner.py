@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ def kill_at(number: int) -> None:
 
 def child(order: dict[str, Any]) -> int:
     for number, path in enumerate((os.devnull, order["out"], order["err"])):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (until the end)
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY), number)
+    # New streams for what may be another kind of file than before; they last until the end.
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+        for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+    )
     if order.get("kill_at"):
         kill_at(order["kill_at"])
     if "part_bytes" not in order:
@@ -56,8 +61,10 @@ def main() -> None:
             try:
                 code = child(order)
                 sys.stdout.flush()
-                sys.stderr.flush()
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         print(json.dumps({"pid": pid}), flush=True)
         _, status = os.waitpid(pid, 0)

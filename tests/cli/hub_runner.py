@@ -39,9 +39,11 @@ class Runner:
     pid: int = 0
     started: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, *arguments: str, **order: Any) -> Done:
+    def __call__(self, *arguments: str, terminal: str | None = None, **order: Any) -> Done:
+        """`terminal`: the device that is stderr; what is drawn there is the caller's to read."""
         out, err = self.folder / "out", self.folder / "err"
-        order |= {"arguments": arguments, "out": str(out), "err": str(err)}
+        err.write_text("", encoding="utf-8")
+        order |= {"arguments": arguments, "out": str(out), "err": terminal or str(err)}
         assert self.process.stdin and self.process.stdout
         self.started.clear()
         print(json.dumps(order), file=self.process.stdin, flush=True)
@@ -62,7 +64,7 @@ def start(folder: Path, endpoint: str) -> Iterator[Runner]:
     dropped = ("DS4_", "HF_", "XDG_", "PYTHON")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     own = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "secret"}
-    own |= {"HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+    own |= {"HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
     with subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "cli" / "fork_runner.py")],
         env={**kept, **own},

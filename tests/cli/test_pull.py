@@ -1,22 +1,25 @@
 """`ds4 pull` against a hub on loopback: real HTTP, real processes, real kills."""
 
+import contextlib
 import os
+import pty
 import random
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ds4py.cli.pull import PullProgress
-from ds4py.config import ModelConfig
+from ds4py.cli.progress import ByteProgress
 from ds4py.engine.engine import resolve
 from ds4py.errors import InputError
 from ds4py.hub import place
-from ds4py.weights.checkpoint import Checkpoint
+from ds4py.hub.parts import PART_BYTES
+from ds4py.weights.files import ModelFiles
 from tests.cli.hub_runner import Runner, start
 from tests.cli.hub_server import Hub, serve
 from tests.golden import sets
@@ -69,7 +72,7 @@ def opens(directory: Path) -> bool:
     """Whether the engine takes the directory as a model: all it checks before it reads weights."""
     try:
         found = resolve(directory)
-        Checkpoint(found, ModelConfig.load(found))
+        ModelFiles.at(found).source()
     except InputError:
         return False
     return True
@@ -108,6 +111,38 @@ def test_a_pulled_model_has_a_name(runner: Runner, hub: Hub, tmp_path: Path) -> 
     models.joinpath("someone--tiny.partial", place.NOTES).mkdir()
     models.joinpath("someone--tiny.partial", place.RECORD).unlink()
     assert "is a download that is not finished" in runner("inspect", REPO).complaint()
+    note = models / "someone--tiny.partial" / place.NOTES / "x.data"
+    note.write_bytes(b"GGUF")
+    assert "is a download that is not finished" in runner("inspect", str(note)).complaint()
+
+
+def test_one_file_of_a_repository(runner: Runner, hub: Hub, tmp_path: Path) -> None:
+    hub.repositories[REPO] = {"a.gguf": b"GGUF a", "b.gguf": b"GGUF b"}
+    assert "give one of its files as" in runner("pull", REPO).complaint()
+    done = runner("pull", f"{REPO}/b.gguf")
+    directory = Path(done.out.strip())
+    assert directory.name == "someone--tiny--b.gguf"
+    assert content(directory) == {"b.gguf": b"GGUF b"}
+
+
+def test_the_bar_leaves_stdout_alone(runner: Runner, hub: Hub, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    drawn: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # how a terminal says that its other end is gone
+            while data := os.read(ours, 65536):
+                drawn.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    hub.repositories[REPO][WEIGHTS] = bytes(3_000_000)
+    done = runner("pull", REPO, "--to", str(tmp_path / "m"), terminal=os.ttyname(theirs))
+    os.close(theirs)
+    reader.join()
+    os.close(ours)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'm'}\n")
+    assert b"Checking" in b"".join(drawn) and b"ds4" not in b"".join(drawn)
 
 
 def test_a_broken_transfer_goes_on(
@@ -173,6 +208,27 @@ def test_killed_at_twenty_moments(
             assert content(directory) == wanted(tiny)
     assert runner("pull", REPO, **order).code == 0
     assert content(directory) == wanted(tiny) and opens(directory)
+
+
+def test_killed_at_every_step_of_the_end(
+    runner: Runner, hub: Hub, tiny: dict[str, bytes], tmp_path: Path
+) -> None:
+    """All that makes it open is there, one file is not: the moment a mistake would be dangerous."""
+    prepared, model = place.partial(tmp_path / "prepared"), tmp_path / "model"
+    hub.damage["LICENSE"] = 2
+    assert runner("pull", REPO, "--to", str(tmp_path / "prepared")).code == 2
+    assert (prepared / WEIGHTS).exists() and (prepared / "config.json").exists()
+    for moment in range(1, 1000):
+        shutil.copytree(prepared, place.partial(model))
+        done = runner("pull", REPO, directory=str(model), part_bytes=PART_BYTES, kill_at=moment)
+        left = model if model.exists() else place.partial(model)
+        if opens(left):
+            assert wanted(content(left)) == wanted(tiny)
+        if done.code == 0:
+            break
+        assert done.code == -signal.SIGKILL, done.err
+        shutil.rmtree(left)
+    assert moment > 10 and opens(model)
 
 
 def test_killed_from_outside_while_bytes_arrive(runner: Runner, hub: Hub, tmp_path: Path) -> None:
@@ -374,7 +430,7 @@ def test_lines_of_progress() -> None:
     times = iter([0.0, 0.0, 5.0, 10.0, 10.0, 11.0, 11.0, 12.0])
     err: Any = Lines()
     clock: Callable[[], float] = lambda: next(times)  # noqa: E731
-    with PullProgress(err, clock) as progress:
+    with ByteProgress(err, clock) as progress:
         progress("download", 10_000_000, 110_000_000)
         progress("download", 11_000_000, 110_000_000)
         progress("download", 60_000_000, 110_000_000)
