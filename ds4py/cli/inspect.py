@@ -1,11 +1,11 @@
-"""`ds4 inspect`: what a model is, from its config.json and the headers of its tensor files.
+"""`ds4 inspect`: what a model is, from its config and the headers of its tensor files.
 
 No weight is read, so it answers at once for a model of any size.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from ds4py.errors import OptionsError
 
 if TYPE_CHECKING:
     from ds4py.config import LayerPlan, ModelConfig
-    from ds4py.formats.safetensors import TensorEntry
+    from ds4py.weights.source import Entry
 
 # The first that matches names a tensor's class. Patterns are parts of the checkpoint's names.
 _CLASSES = (
@@ -45,7 +45,7 @@ class TensorClass:
     parameters: int = 0
     dtypes: set[str] = field(default_factory=set)
 
-    def add(self, name: str, entry: "TensorEntry") -> None:
+    def add(self, name: str, entry: "Entry") -> None:
         self.count += 1
         self.n_bytes += entry.n_bytes
         self.parameters += parameters(name, entry)
@@ -54,17 +54,18 @@ class TensorClass:
 
 def run(model: ModelChoice, context: int | None) -> int:
     """Print what the model is; the exit code."""
-    from ds4py.config import ModelConfig
     from ds4py.engine.engine import resolve
     from ds4py.formats.safetensors import read_directory
+    from ds4py.weights.files import ModelFiles
 
     if context is not None and context < 1:
         raise OptionsError(f"--context is {context}; give a number of tokens, 1 or more")
     announce(model)
-    directory = resolve(model.name, models_directory())
-    config = ModelConfig.load(directory)
-    classes = classify(read_directory(directory))
-    print(f"{'model':12}{model.name} ({directory})")
+    files = ModelFiles.at(resolve(model.name, models_directory()))
+    config = files.config
+    packed = files.gguf is not None
+    classes = classify(files.source().entries if packed else read_directory(files.path))
+    print(f"{'model':12}{model.name} ({files.path})")
     for title, text in facts(config, classes):
         print(f"{title:12}{text}")
     for title, text in cache_facts(config, context):
@@ -74,7 +75,7 @@ def run(model: ModelChoice, context: int | None) -> int:
     return 0
 
 
-def classify(tensors: dict[str, "TensorEntry"]) -> list[TensorClass]:
+def classify(tensors: Mapping[str, "Entry"]) -> list[TensorClass]:
     """All tensors in their classes, the largest first."""
     classes: dict[str, TensorClass] = {}
     for name, entry in tensors.items():
@@ -84,9 +85,9 @@ def classify(tensors: dict[str, "TensorEntry"]) -> list[TensorClass]:
     return sorted(classes.values(), key=lambda c: -c.n_bytes)
 
 
-def parameters(name: str, entry: "TensorEntry") -> int:
+def parameters(name: str, entry: "Entry") -> int:
     """How many weights a tensor holds: none in scales and tables, two in each byte of FP4."""
-    if name.endswith(".scale") or entry.dtype == "I64":
+    if name.endswith((".scale", "tid2eid")):
         return 0
     return math.prod(entry.shape) * (2 if entry.dtype == "I8" else 1)
 

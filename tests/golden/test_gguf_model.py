@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from ds4py import Engine, EngineOptions
+from ds4py.cli import inspect
+from ds4py.cli.settings import ModelChoice
 from ds4py.errors import ConfigError, InputError, WeightsError
 from ds4py.formats import gguf
 from ds4py.text.messages import Segment
@@ -82,6 +84,15 @@ def test_the_engine_around_it(built: Built, tmp_path: Path) -> None:
     other = build(tmp_path / "other", Q4)
     with pytest.raises(InputError, match="another model"):
         Engine.open(other.path, EXACT).restore(tmp_path / "session")
+
+
+def test_inspect_tells_what_it_is(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.run(ModelChoice(str(built.path), None), None) == 0
+    said = capsys.readouterr().out
+    experts = next(line for line in said.splitlines() if line.startswith("routed experts"))
+    # 4 layers of 6 experts of 3 matrices of 256 x 256
+    assert experts.split()[2:4] == ["72", "4.7"] and experts.endswith("IQ2_XXS, Q2_K")
+    assert "2 of 6 and 1 shared" in said and "1 multi-token prediction layer" in said
 
 
 def test_the_only_file_of_a_directory(built: Built, tmp_path: Path) -> None:
