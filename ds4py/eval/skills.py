@@ -29,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 RECALL_TOKENS = 940
 """Length of the conversation before the question; with the question about 1,000."""
 ANSWER_TOKENS = 120
+EVERY_ROW = 4096
+"""More compressed rows than any case has, in whole tiles."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def all_rows(engine: Engine) -> Engine:
     for block in engine.model.blocks:
         indexer = block.attn.indexer
         if indexer is not None:
-            indexer = replace(indexer, n_selected=engine.config.index_topk + 2 * RECALL_TOKENS)
+            indexer = replace(indexer, n_selected=EVERY_ROW)
             block = replace(block, attn=replace(block.attn, indexer=indexer))
         blocks.append(block)
     other = copy.copy(engine)

@@ -107,8 +107,9 @@ class Attention:
             return [_all_rows(self.ops, committed, new, closing.n_old, closing.visible)]
         new_index_rows = delta.rows.get(self.indexer.compressor.series.name)
         ids, valid = self.indexer.select(index_query[0], inputs[2], new_index_rows, plan)
-        rows = _gather(self.ops, committed, new, closing.n_old, ids)  # [S, index_topk, head_dim]
-        return [(rows[:, None], valid[:, None])]
+        rows = _gather(self.ops, committed, new, closing.n_old, ids)  # [S, k, head_dim]
+        shape = (rows.shape[0], -1, self.indexer.tile)
+        return [(rows.reshape(*shape, rows.shape[2]), valid.reshape(*shape))]
 
 
 def _all_rows(

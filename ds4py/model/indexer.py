@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds4py.kernels import index, rounding
+from ds4py.kernels.attend import ROW_TILE
 from ds4py.kernels.ops import Array, Ops
 from ds4py.kernels.rope import rotate
 from ds4py.model.compressor import Compressor
@@ -21,16 +22,24 @@ class Indexer:
     n_selected: int
     layer: int
 
+    @property
+    def tile(self) -> int:
+        """Selected rows are attended in blocks of this many, a divisor of index_topk."""
+        return ROW_TILE if self.n_selected % ROW_TILE == 0 else self.n_selected
+
     def select(
         self, query: Array, weights: Array, new_rows: Array | None, plan: StepPlan
     ) -> tuple[Array, Array]:
-        """query [S, Hi*d] and weights [S, Hi] as projected -> ids, valid [S, index_topk].
+        """query [S, Hi*d] and weights [S, Hi] as projected -> ids, valid [S, k].
 
-        While every visible row fits, no scores are needed.
+        k is index_topk, or as many whole tiles as there are rows: then every visible row fits and
+        no scores are needed.
         """
         closing = plan.closing[self.compressor.series.name]
-        if closing.n_old + closing.n_new <= self.n_selected:
-            return index.first(self.ops, closing.visible, self.n_selected)
+        n_rows = closing.n_old + closing.n_new
+        if n_rows <= self.n_selected:
+            n_tiles = -(-n_rows // self.tile)
+            return index.first(self.ops, closing.visible, n_tiles * self.tile)
         width = self.compressor.series.width
         q = rotate(self.ops, query.reshape(-1, self.n_heads, width), plan.indexer)
         if self.compressor.rounding is not None:  # else Hadamard cancels between query and row
