@@ -260,6 +260,43 @@ def pull(
     return run(name, revision, to, token)
 
 
+@app.command(short_help="Make a model smaller.")
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model in DeepSeek's layout.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The new model's directory.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Formats by class and layer (JSON). Default: 2-bit."),
+    ] = None,
+    imatrix: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Importance made by `ds4 imatrix`.")
+    ] = None,
+) -> int:
+    """Convert a checkpoint into a bundle: routed experts at 2 bits, what every token reads at 8.
+
+    It can be stopped at any time: the same command goes on where it was, and until all is done
+    there is no model.
+    """
+    from ds4py.cli.quantize import run
+
+    return run(source, target, recipe, imatrix)
+
+
+@app.command(short_help="Measure which weights matter.")
+def imatrix(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Name or directory of a model.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="A UTF-8 text file.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="The file to write.")],
+    piece: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens read at a time, each piece by itself.")
+    ] = 512,
+) -> int:
+    """Run a text through a model and note how strongly each channel of each expert is driven."""
+    from ds4py.cli.quantize import run_imatrix
+
+    return run_imatrix(source, corpus, target, piece)
+
+
 bench = typer.Typer(
     help="Measure the engine.",
     rich_markup_mode=None,

@@ -1,0 +1,46 @@
+"""`ds4 quantize` and `ds4 imatrix`: make a bundle, and measure what matters in a model."""
+
+import sys
+from pathlib import Path
+
+from ds4py.cli.model import open_engine, tokenizer_of
+from ds4py.cli.progress import ByteProgress, ProgressBar
+from ds4py.cli.settings import ModelChoice, Settings, read_file
+from ds4py.errors import InputError
+
+
+def run(source: str, target: str, recipe: str | None, imatrix: str | None) -> int:
+    """Convert a checkpoint into a bundle; the exit code. The bundle's path goes to stdout."""
+    from ds4py.config import ModelConfig
+    from ds4py.engine.engine import resolve
+    from ds4py.quant import imatrix as importance
+    from ds4py.quant.convert import Converter
+    from ds4py.quant.recipe import Recipe
+    from ds4py.weights.checkpoint import Checkpoint
+
+    directory = resolve(source)
+    config = ModelConfig.load(directory)
+    plan = Recipe.load(Path(recipe) if recipe else None, len(config.layers))
+    weights = importance.load(Path(imatrix)) if imatrix else {}
+    checkpoint = Checkpoint(directory, config)
+    with ByteProgress(sys.stderr) as progress:
+        Converter(checkpoint, Path(target), plan, weights, progress).run()
+    print(Path(target).absolute())
+    return 0
+
+
+def run_imatrix(source: str, corpus: str, target: str, piece: int) -> int:
+    """Collect importance over a text file; the exit code. The file's path goes to stdout."""
+    from ds4py.quant import imatrix
+
+    text = read_file(corpus)
+    if not Path(target).absolute().parent.is_dir():
+        raise InputError(f"the folder of {target} does not exist; make it first")
+    engine, _ = open_engine(Settings(model=ModelChoice(source, None)))
+    tokenizer = tokenizer_of(engine)
+    ids = tokenizer.encode(text)
+    texts = [[tokenizer.bos_id, *ids[at : at + piece]] for at in range(0, len(ids), piece)]
+    with ProgressBar(sys.stderr) as progress:
+        imatrix.save(Path(target), imatrix.collect(engine, texts, progress))
+    print(Path(target).absolute())
+    return 0

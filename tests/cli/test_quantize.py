@@ -1,0 +1,42 @@
+"""`ds4 quantize` and `ds4 imatrix` as a user runs them, on the embedded model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def ds4(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ds4py", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_importance_bundle_and_an_answer(tmp_path: Path) -> None:
+    corpus, weights, bundle = (tmp_path / n for n in ("text.txt", "i.safetensors", "bundle"))
+    corpus.write_text("Anna had a small dog. The dog liked the garden. " * 8)
+    made = ds4("imatrix", "tiny", str(corpus), str(weights))
+    assert (made.returncode, made.stdout.strip()) == (0, str(weights)), made.stderr
+    made = ds4("quantize", "tiny", str(bundle), "--imatrix", str(weights))
+    assert (made.returncode, made.stdout.strip()) == (0, str(bundle)), made.stderr
+    answer = ds4("generate", "Hello!", "--model", str(bundle), "--max-tokens", "5", "--seed", "1")
+    assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
+    again = ds4("quantize", "tiny", str(bundle))
+    assert again.returncode == 2 and "already holds a bundle" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("quantize", "nowhere", "b"), "no model 'nowhere'"),
+        (("quantize", "tiny", "b", "--recipe", "absent.json"), "absent.json"),
+        (("quantize", "tiny", "b", "--imatrix", "absent"), "absent"),
+        (("imatrix", "tiny", "absent.txt", "o"), "absent.txt"),
+        (("quantize", "tiny"), "DST"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], named: str) -> None:
+    ended = ds4(*arguments)
+    assert ended.returncode == 2 and named in ended.stderr
+    assert ended.stderr.count("\n") == 1 and not ended.stdout
