@@ -168,11 +168,14 @@ class SentencePieceTokenizer(Tokenizer):
     _KEEP_SPACES = b"\x1a\x02\x20\x00"
     _NO_PREFIX = b"\x1a\x02\x18\x00"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, model: bytes | None = None, ends: tuple[int, int] | None = None
+    ) -> None:
+        """path: the file, or what `model` came from. ends: ids of BOS and EOS, if known."""
         import sentencepiece
 
         try:
-            model = path.read_bytes()
+            model = path.read_bytes() if model is None else model
             if not model:
                 raise ValueError("the file is empty")
             load = sentencepiece.SentencePieceProcessor
@@ -198,10 +201,12 @@ class SentencePieceTokenizer(Tokenizer):
         }
         super().__init__(controls, processor.unk_id())
         self._adds_prefix = self._first.encode("a") != self._later.encode("a")
-        ends = _Ends(path.parent, self.control_id, self.vocab_size)
-        own = {"bos": processor.bos_id(), "eos": processor.eos_id()}
-        self.bos_id = ends.find("bos", BOS, "<s>", own=own["bos"])
-        self.eos_id = ends.find("eos", EOS, "</s>", own=own["eos"])
+        if ends is not None:
+            self.bos_id, self.eos_id = ends
+            return
+        beside = _Ends(path.parent, self.control_id, self.vocab_size)
+        self.bos_id = beside.find("bos", BOS, "<s>", own=processor.bos_id())
+        self.eos_id = beside.find("eos", EOS, "</s>", own=processor.eos_id())
 
     def decode(self, ids: Iterable[int]) -> str:
         """As above; the space that the model adds at the start of a text is left out."""

@@ -1,32 +1,40 @@
-"""The tokenizer in a GGUF file's metadata: what it is made of, checked, and how it is written."""
+"""The tokenizer in a GGUF file's metadata: what it is made of, checked, and how it is written.
+
+The released files have DeepSeek's byte-level BPE. A relative with a sentencepiece model, such as
+the embedded one, is kept as ggml keeps those.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ds4py.errors import TokenizerError
 from ds4py.formats.gguf import GGUF, Field
-from ds4py.text.byte_level import NORMAL, RULES, ByteLevelTokenizer, Vocabulary
-from ds4py.text.tokenizer import Tokenizer
+from ds4py.text.byte_level import (
+    NORMAL,
+    RULES,
+    ByteLevelTokenizer,
+    Vocabulary,
+    read_vocabulary,
+)
+from ds4py.text.pieces import Pieces, model_bytes, read_pieces
+from ds4py.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from ds4py.weights.gguf_config import BOS_KEY, EOS_KEY, TOKENS_KEY
 
 PREFIX = "tokenizer.ggml."
-MODEL = "gpt2"
-"""ggml's name of byte-level BPE."""
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+"""ggml's names of the two kinds."""
 
 
 def tokenizer_of(file: GGUF, vocab_size: int, bos_id: int, eos_id: int) -> Tokenizer:
     """The file's tokenizer. Raises TokenizerError naming the key at fault."""
-    model = _get(file, "model", "string", f"{MODEL!r}", MODEL)
-    if model != MODEL:
-        raise TokenizerError(f"{file.path}: {PREFIX}model is {model!r}; need {MODEL!r}")
-    rules = _get(file, "pre", "string", " or ".join(map(repr, RULES)))
-    if rules not in RULES:
+    model = _get(file, "model", "string", f"{BYTE_LEVEL!r}", BYTE_LEVEL)
+    if model not in (BYTE_LEVEL, SENTENCEPIECE):
         raise TokenizerError(
-            f"{file.path}: {PREFIX}pre is {rules!r}; need {' or '.join(map(repr, RULES))}, "
-            "DeepSeek's rules"
+            f"{file.path}: {PREFIX}model is {model!r}; need {BYTE_LEVEL!r} or {SENTENCEPIECE!r}"
         )
     tokens = _get(file, "tokens", "string[]", "the array of all tokens")
     if len(tokens) != vocab_size:
@@ -34,21 +42,66 @@ def tokenizer_of(file: GGUF, vocab_size: int, bos_id: int, eos_id: int) -> Token
             f"{file.path}: {TOKENS_KEY} has {len(tokens)} tokens; deepseek4.vocab_size is "
             f"{vocab_size}, need as many"
         )
+    make = _byte_level if model == BYTE_LEVEL else _sentencepiece
+    return make(file, tokens, bos_id, eos_id)
+
+
+def _byte_level(file: GGUF, tokens: list[str], bos_id: int, eos_id: int) -> Tokenizer:
+    rules = _get(file, "pre", "string", " or ".join(map(repr, RULES)))
+    if rules not in RULES:
+        raise TokenizerError(
+            f"{file.path}: {PREFIX}pre is {rules!r}; need {' or '.join(map(repr, RULES))}, "
+            "DeepSeek's rules"
+        )
     merges = _get(file, "merges", "string[]", "the array of all merges")
     kinds = _get(file, "token_type", "i32[] u32[]", "an array of whole numbers", [])
     vocabulary = Vocabulary(tokens, merges, [int(k) for k in kinds] or None)
     return ByteLevelTokenizer(vocabulary, bos_id, eos_id, f"{file.path} ({TOKENS_KEY})")
 
 
+def _sentencepiece(file: GGUF, tokens: list[str], bos_id: int, eos_id: int) -> Tokenizer:
+    scores = _get(file, "scores", "f32[]", "an array of numbers")
+    kinds = _get(file, "token_type", "i32[] u32[]", "an array of whole numbers")
+    prefix = _get(file, "add_space_prefix", "bool", "true or false", True)
+    pieces = Pieces(tokens, [float(s) for s in scores], [int(k) for k in kinds], prefix)
+    model = model_bytes(pieces, f"{file.path} ({TOKENS_KEY})")
+    return SentencePieceTokenizer(file.path, model, (bos_id, eos_id))
+
+
+def fields_beside(directory: Path, bos_id: int, eos_id: int) -> dict[str, Field]:
+    """The metadata of the tokenizer in a model directory. Raises TokenizerError."""
+    if (directory / "tokenizer.json").exists():
+        return tokenizer_fields(read_vocabulary(directory / "tokenizer.json"), bos_id, eos_id)
+    if (directory / "tokenizer.model").exists():
+        return piece_fields(read_pieces(directory / "tokenizer.model"), bos_id, eos_id)
+    raise TokenizerError(
+        f"{directory} has no tokenizer.json and no tokenizer.model, one of which a GGUF file needs"
+    )
+
+
 def tokenizer_fields(vocabulary: Vocabulary, bos_id: int, eos_id: int) -> dict[str, Field]:
-    """The metadata of a tokenizer."""
+    """The metadata of DeepSeek's kind of tokenizer."""
     kinds = vocabulary.kinds or [NORMAL] * len(vocabulary.tokens)
     return {
-        f"{PREFIX}model": Field("string", MODEL),
+        f"{PREFIX}model": Field("string", BYTE_LEVEL),
         f"{PREFIX}pre": Field("string", RULES[0]),
         TOKENS_KEY: Field("string[]", list(vocabulary.tokens)),
         f"{PREFIX}token_type": Field("i32[]", np.array(kinds, np.int32)),
         f"{PREFIX}merges": Field("string[]", list(vocabulary.merges)),
+        BOS_KEY: Field("u32", bos_id),
+        EOS_KEY: Field("u32", eos_id),
+    }
+
+
+def piece_fields(pieces: Pieces, bos_id: int, eos_id: int) -> dict[str, Field]:
+    """The metadata of a sentencepiece model."""
+    return {
+        f"{PREFIX}model": Field("string", SENTENCEPIECE),
+        f"{PREFIX}pre": Field("string", "default"),
+        TOKENS_KEY: Field("string[]", list(pieces.texts)),
+        f"{PREFIX}scores": Field("f32[]", np.array(pieces.scores, np.float32)),
+        f"{PREFIX}token_type": Field("i32[]", np.array(pieces.kinds, np.int32)),
+        f"{PREFIX}add_space_prefix": Field("bool", pieces.adds_prefix),
         BOS_KEY: Field("u32", bos_id),
         EOS_KEY: Field("u32", eos_id),
     }
