@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from ds4py.cli.view import can_draw
 from ds4py.hub.place import size
@@ -39,7 +39,7 @@ class ProgressBar:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
-    def __enter__(self) -> "ProgressBar":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -83,40 +83,21 @@ class ProgressBar:
         self._bar.update(self._task, completed=done, total=total, refresh=True)
 
 
-class ByteProgress:
+class ByteProgress(ProgressBar):
     """`progress(stage, done, total)` in bytes, for work of minutes to hours: a bar with rate and
-    time left on a terminal, else a line now and then.
-
-    A context manager: leaving it removes the bar.
-    """
+    time left on a terminal, else a line now and then."""
 
     def __init__(self, err: TextIO, clock: Callable[[], float] = monotonic) -> None:
-        self._err, self._clock = err, clock
-        self._drawn = err.isatty() and can_draw()
-        self._stage = ""
+        super().__init__(err, clock)
         self._start = (0.0, 0)
         """When the stage began, and how much was done by then."""
         self._next_line = 0.0
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> "ByteProgress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = self._clock()
         if stage != self._stage:
             self._stage, self._start, self._next_line = stage, (now, done), now
-        if self._drawn:
+        if self._shown:
             self._draw(done, total)
         elif now >= self._next_line and done < total:
             print(f"ds4: {self.line(done, total)}", file=self._err, flush=True)
