@@ -303,8 +303,9 @@ def start(rng: Random) -> Chat:
 
 
 def short_chat(rng: Random) -> Chat:
-    """One to three turns of anything but tools."""
+    """One to three turns of anything but tools, more often with reasoning than elsewhere."""
     chat = start(rng)
+    chat.thinking = chat.thinking or rng.random() < 0.4
     for _ in range(rng.choice((1, 1, 2, 3))):
         kind = rng.random()
         if kind < 0.55:

@@ -157,6 +157,13 @@ POOL: tuple[Tool, ...] = (
         {"price": _int(10, 999)}, "A {item} costs {price} coins.",
     ),
     Tool(
+        "buy_item", "Buy things.",
+        {"item": ("string", "The thing.", _of(THINGS)),
+         "count": ("integer", "How many.", _int(2, 99))},
+        ("Buy {count} pieces of {item}.", "Order the {item} {count} times."),
+        {"order": _int(100, 999)}, "Order {order} holds {count} pieces of {item}.",
+    ),
+    Tool(
         "add_event", "Add an event to the calendar.",
         {"title": ("string", "What happens.", lambda rng: f"dinner with {rng.choice(NAMES)}"),
          "day": ("string", "The day.", _of(DAYS))},

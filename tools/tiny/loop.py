@@ -58,8 +58,8 @@ class Plan:
     """Least share of fact turns in recall conversations."""
     mix: dict[str, float] = field(
         default_factory=lambda: {
-            "facts": 0.25, "recall": 0.2, "short": 0.13, "tools": 0.25, "story": 0.05,
-            "drill": 0.12,
+            "facts": 0.2, "recall": 0.2, "short": 0.19, "tools": 0.28, "story": 0.05,
+            "drill": 0.08,
         }
     )
     score_every: float = 10.0
