@@ -4,6 +4,7 @@ Ctrl-C ends the process at once, as everywhere: what is on disk survives any kil
 """
 
 import logging
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ def run(name: str, revision: str | None, to: str | None, token: str | None) -> i
     for option, value in (("--revision", revision), ("--to", to), ("--token", token)):
         if value is not None and not value.strip():
             raise OptionsError(f"{option} is empty; leave it out or give a value")
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise OptionsError("--token holds a character that no token has; copy it again")
     wanted = manifest.choose(name)
     if revision is not None and revision != wanted.revision:
         # What is known by heart belongs to the revision it was noted for.

@@ -123,5 +123,7 @@ class Crew:
             self._received += n_bytes
 
     def _count_checked(self, n_bytes: int) -> None:
+        if self._stop.is_set():
+            raise PullError("stopped")  # another thread failed, and says why
         with self._lock:
             self._checked += n_bytes

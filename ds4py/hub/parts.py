@@ -56,13 +56,14 @@ class PartialFile:
     def _recover_parts(self) -> bool:
         try:
             counts = array("Q", self.table.read_bytes())
-            fits = self.data.stat().st_size == self.file.size
+            there = self.data.stat().st_size
         except (OSError, ValueError):
             return False
-        if not fits or len(counts) != self.n_parts:
+        if len(counts) != self.n_parts:
             return False
-        if any(count > self.length(part) for part, count in enumerate(counts)):
-            return False
+        for part, count in enumerate(counts):
+            if count > self.length(part) or (count and part * self.part_bytes + count > there):
+                return False
         self._counts = counts
         return True
 
@@ -70,8 +71,7 @@ class PartialFile:
         """Forget all bytes. Raises OSError."""
         self.table.unlink(missing_ok=True)
         self.data.unlink(missing_ok=True)  # it may be a link to somebody else's file
-        with open(self.data, "wb") as stream:
-            stream.truncate(self.file.size)
+        self.data.touch()  # grows as parts come: some disks would fill the whole file with zeros
         self._counts = array("Q", [0]) * self.n_parts
         self.table.write_bytes(self._counts.tobytes())
 

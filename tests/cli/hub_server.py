@@ -41,6 +41,8 @@ class Hub:
     """Requests of any kind."""
     refuse: tuple[int, str] | None = None
     """Status and X-Error-Code of every answer."""
+    refuse_files: list[tuple[int, str]] = field(default_factory=list)
+    """The next answers to requests for files, the same way."""
     cut: dict[str, list[int]] = field(default_factory=dict)
     """By path: the next answers end after so many bytes, without a word."""
     damage: dict[str, int] = field(default_factory=dict)
@@ -157,6 +159,9 @@ class HubAnswer(Answer):
         self.json(entries[cursor : cursor + PAGE], headers)
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
+        if self.hub.refuse_files:
+            status, code = self.hub.refuse_files.pop()
+            return self.say(status, {"X-Error-Code": code} if code else {})
         data = self.hub.repositories[repo][path]
         headers = {"X-Repo-Commit": self.hub.commit, "ETag": f'"{sha256(data)}"'}
         if is_large(data):

@@ -290,6 +290,21 @@ def test_the_hub_refuses(
     assert [*tmp_path.iterdir()] == []
 
 
+def test_the_hub_lists_files_and_refuses_them(runner: Runner, hub: Hub, tmp_path: Path) -> None:
+    hub.refuse_files = [(403, "GatedRepo")] * 3
+    told = runner("pull", REPO, "--to", str(tmp_path / "model")).complaint()
+    assert "someone/tiny is gated: accept its terms" in told
+
+
+def test_a_busy_hub_is_asked_again(
+    runner: Runner, hub: Hub, tiny: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repositories[REPO] = {WEIGHTS: tiny[WEIGHTS]}
+    hub.refuse_files = [(503, "")]
+    assert runner("pull", REPO, "--to", str(tmp_path / "model")).code == 0
+    assert content(tmp_path / "model") == {WEIGHTS: tiny[WEIGHTS]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -300,6 +315,7 @@ def test_the_hub_refuses(
         (["tiny"], "part of the program"),
         (["some one/tiny"], "not the name of a repository"),
         ([REPO, "--token", ""], "--token is empty"),
+        ([REPO, "--token", "hf_ä"], "--token holds a character"),
         ([REPO + "/absent.gguf"], "names no weights"),
         (["flash"], "there is no deepseek-ai/DeepSeek-V4-Flash"),
     ],

@@ -1,12 +1,15 @@
 """What a pull fetches, and what one file's parts on disk are worth after a kill."""
 
 import hashlib
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ds4py.errors import PullError
 from ds4py.hub import manifest
+from ds4py.hub.fetch import TRIES, Crew, Hiccup
 from ds4py.hub.manifest import Manifest
 from ds4py.hub.parts import PartialFile
 from ds4py.hub.place import FileRecord
@@ -138,3 +141,64 @@ def test_a_link_to_somebody_s_file_is_never_written(tmp_path: Path) -> None:
     assert file.pending() == [0] and not checked(file)
     file.restart()
     assert theirs.read_bytes() == DATA[::-1] and file.n_bytes == 0
+
+
+class Flaky:
+    """Gives bytes of DATA in small pieces, breaks off `breaks` times, and spoils some."""
+
+    def __init__(self, breaks: int, spoils: int = 0) -> None:
+        self.breaks, self.spoils, self.calls = breaks, spoils, 0
+        self._chance = random.Random(3)
+
+    def read(self, file: FileRecord, start: int, stop: int) -> Iterator[bytes]:
+        self.calls += 1
+        while start < stop:
+            if self.breaks and self._chance.random() < 0.2:
+                self.breaks -= 1
+                raise Hiccup("broke off")
+            piece = bytearray(DATA[start : min(start + 100, stop)])
+            if self.spoils:
+                self.spoils -= 1
+                piece[0] ^= 1
+            yield bytes(piece)
+            start += len(piece)
+
+
+def run(file: PartialFile, source: Flaky) -> list[tuple[str, int, int]]:
+    seen: list[tuple[str, int, int]] = []
+    Crew(source, [file], first_wait_s=0.0).run(lambda *said: seen.append(said))
+    return seen
+
+
+@pytest.mark.parametrize(("breaks", "spoils"), [(0, 0), (9, 0), (0, 1), (5, 1)])
+def test_many_threads_make_one_file(tmp_path: Path, breaks: int, spoils: int) -> None:
+    file = parts_of(tmp_path)
+    file.recover()
+    seen = run(file, Flaky(breaks, spoils))
+    assert file.final.read_bytes() == DATA
+    assert seen[-1] == ("check", len(DATA), len(DATA))
+
+
+def test_a_source_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    class Dead(Flaky):
+        def read(self, file: FileRecord, start: int, stop: int) -> Iterator[bytes]:
+            self.calls += 1
+            raise Hiccup("nobody there")
+
+    file, dead = parts_of(tmp_path), Dead(0)
+    file.recover()
+    fill(file, 0, 1000)
+    fill(file, 1, 1000)
+    with pytest.raises(PullError, match="nobody there; what has arrived is kept"):
+        run(file, dead)
+    assert dead.calls == TRIES
+    file = parts_of(tmp_path)
+    assert not file.recover() and file.n_bytes == 2000
+
+
+def test_spoilt_twice_is_thrown_away(tmp_path: Path) -> None:
+    file = parts_of(tmp_path)
+    file.recover()
+    with pytest.raises(PullError, match=r"deep/x\.bin arrived damaged twice"):
+        run(file, Flaky(0, spoils=99))
+    assert file.n_bytes == 0 and not file.final.exists()
