@@ -84,7 +84,7 @@ class Exam:
             losses.append(_token_losses(self.engine.score(ids)[:-1], ids[1:]))
             self.tick()
         every = np.concatenate(losses)
-        return SkillResult("story loss", float(every.mean()), 1.0, "nats", len(every), True)
+        return SkillResult("story loss", float(every.mean()), 0.5, "nats", len(every), True)
 
     def recall(self) -> list[SkillResult]:
         """The number of a name, planted anywhere; and the same with all rows attended."""
