@@ -1,18 +1,15 @@
-"""GGUF files: metadata, tensor table and data, read with every number checked before it is used.
+"""Reading GGUF files: metadata, tensor table and data, every number checked before it is used.
 
 The layout, little-endian: magic, version, the two counts, metadata (key, kind, value), tensor
 table (name, dims fastest first, type, offset), padding to the alignment, data. Versions 2 and 3
-are the same but for byte order. Tensors are read and written one at a time. Knows nothing of what
-keys and tensors mean, nor how a block is decoded. Source: docs/gguf.md of the ggml project.
+are the same but for byte order. Tensors are read one at a time. Knows nothing of what keys and
+tensors mean, nor how a block is decoded. Source: docs/gguf.md of the ggml project.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import struct
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -34,8 +31,6 @@ MAX_HEADER_BYTES = 64 << 20
 """Metadata and tensor table of the largest V4 take 15 MB; what claims more is damaged."""
 MAX_NAME_BYTES = 65535
 MAX_DIMS = 4
-MAX_TENSOR_NAME = 63
-"""Longest tensor name other readers take."""
 
 KINDS = tuple("u8 i8 u16 i16 u32 i32 f32 bool string array u64 i64 f64".split())
 """Kinds of metadata values; the position is the number in the file."""
@@ -254,10 +249,10 @@ def _read(path: Path, cursor: _Cursor) -> GGUF:
         if key in metadata:
             raise WeightsError(f"{path} has the metadata key {shown} twice")
         metadata[key] = cursor.field(shown)
-    alignment = _alignment(path, metadata)
+    alignment = alignment_of(path, metadata)
     cursor.need(32 * n_tensors, "the tensor table")  # a length, a dim count, a dim, type, offset
     entries = [_entry(cursor, i) for i in range(n_tensors)]
-    start = _padded(cursor.position, alignment)
+    start = padded(cursor.position, alignment)
     tensors: dict[str, TensorInfo] = {}
     for entry in entries:
         if entry.name in tensors:
@@ -278,7 +273,7 @@ def _version(path: Path, cursor: _Cursor) -> int:
     return version
 
 
-def _alignment(path: Path, metadata: Mapping[str, Field]) -> int:
+def alignment_of(path: Path, metadata: Mapping[str, Field]) -> int:
     given = metadata.get("general.alignment", Field("u32", ALIGNMENT))
     value = given.value
     if given.kind != "u32" or not 0 < value <= MAX_HEADER_BYTES or value & (value - 1):
@@ -340,119 +335,5 @@ def _check_overlap(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _padded(position: int, alignment: int) -> int:
+def padded(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
-
-
-class NewTensor(NamedTuple):
-    """A tensor to be written."""
-
-    name: str
-    type: str
-    dims: tuple[int, ...]
-    """Fastest first."""
-    parts: Callable[[], Iterable[npt.NDArray[Any]]]
-    """Its bytes, in order, as arrays of any type; asked for when its turn comes."""
-
-
-def write(path: Path, metadata: Mapping[str, Field], tensors: Sequence[NewTensor]) -> None:
-    """Write a version 3 file, all or nothing; memory holds one part of one tensor.
-
-    Raises WeightsError: a field or tensor that cannot be written, a full or read-only disk.
-    """
-    alignment = _alignment(path, metadata)
-    header = _header(path, metadata, tensors, alignment)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(header)
-                for tensor in tensors:
-                    _write_tensor(path, stream, tensor, alignment)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-    except OSError as exc:
-        raise WeightsError(f"{path} cannot be written ({exc.strerror})") from exc
-
-
-def _header(
-    path: Path, metadata: Mapping[str, Field], tensors: Sequence[NewTensor], alignment: int
-) -> bytes:
-    parts = [MAGIC, struct.pack("<IQQ", max(VERSIONS), len(tensors), len(metadata))]
-    for key, item in metadata.items():
-        try:
-            parts += [_string(key), _field(item)]
-        except (ValueError, OverflowError, TypeError) as exc:
-            raise WeightsError(f"{path}: {key} cannot be written as {item.kind} ({exc})") from exc
-    names: set[str] = set()
-    offset = 0
-    for tensor in tensors:
-        _check_new(path, tensor, names)
-        names.add(tensor.name)
-        n, code = len(tensor.dims), FORMATS[tensor.type].code
-        parts += [_string(tensor.name), struct.pack(f"<I{n}Q", n, *tensor.dims)]
-        parts.append(struct.pack("<IQ", code, offset))
-        offset = _padded(offset + size_of(tensor.type, tensor.dims), alignment)
-    header = b"".join(parts)
-    return header + bytes(_padded(len(header), alignment) - len(header))
-
-
-def _check_new(path: Path, tensor: NewTensor, names: set[str]) -> None:
-    n_name, dims = len(tensor.name.encode()), tensor.dims
-    if tensor.name in names or not 0 < n_name <= MAX_TENSOR_NAME:
-        raise WeightsError(
-            f"{path}: {tensor.name!r} cannot name a tensor; need a new name of at most "
-            f"{MAX_TENSOR_NAME} bytes"
-        )
-    block = FORMATS[tensor.type].values
-    if not 1 <= len(dims) <= MAX_DIMS or min(dims) < 1 or dims[0] % block:
-        raise WeightsError(
-            f"{path}: {tensor.name} has dims {list(dims)}; {tensor.type} needs 1 to {MAX_DIMS}, "
-            f"positive, the first a multiple of {block}"
-        )
-
-
-def _string(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return len(data).to_bytes(8, "little") + data
-
-
-def _field(item: Field) -> bytes:
-    """Kind and value as bytes. Raises ValueError, OverflowError or TypeError."""
-    kind = item.kind.removesuffix("[]")
-    code = struct.pack("<I", KINDS.index(kind))
-    values = item.value if item.kind.endswith("[]") else [item.value]
-    data = b"".join(map(_string, values)) if kind == "string" else _numbers(kind, values)
-    if not item.kind.endswith("[]"):
-        return code + data
-    return struct.pack("<I", KINDS.index("array")) + code + struct.pack("<Q", len(values)) + data
-
-
-def _numbers(kind: str, values: Any) -> bytes:
-    storage = STORAGE[kind]
-    given = np.asarray(values)
-    if given.ndim != 1 or given.dtype.kind not in "biuf":
-        raise ValueError(f"{values!r} is not a number or a list of numbers")
-    stored = given.astype(storage)
-    if storage.kind != "f" and not np.array_equal(stored.astype(given.dtype), given):
-        raise ValueError(f"{values!r} does not fit")
-    return stored.tobytes()
-
-
-def _write_tensor(path: Path, stream: BinaryIO, tensor: NewTensor, alignment: int) -> None:
-    need, done = size_of(tensor.type, tensor.dims), 0
-    for part in tensor.parts():
-        data = np.ascontiguousarray(part)
-        done += data.nbytes
-        stream.write(data.data)
-    if done != need:
-        raise WeightsError(
-            f"{path}: {tensor.name} came as {done} bytes; {tensor.type}{list(tensor.dims)} has "
-            f"{need}"
-        )
-    stream.write(bytes(_padded(need, alignment) - need))

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds4py.config import ModelConfig
-from ds4py.formats import gguf
-from ds4py.formats.gguf import Field, NewTensor
+from ds4py.formats import gguf, gguf_write
+from ds4py.formats.gguf import Field
+from ds4py.formats.gguf_write import NewTensor
 from ds4py.text.byte_level import CONTROL, NORMAL, UNUSED, Vocabulary
 from ds4py.text.messages import CONTROL_TOKENS
 from ds4py.text.tokenizer import byte_alphabet
@@ -143,7 +144,7 @@ Data = dict[str, tuple[str, Slot, NDArray[Any]]]
 
 
 def write(path: Path, fields: dict[str, Field], data: Data) -> None:
-    gguf.write(
+    gguf_write.write(
         path,
         fields,
         [

@@ -1,7 +1,8 @@
 """The GGUF reader and writer against the `gguf` package, and against damaged files."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from ds4py.errors import WeightsError
 from ds4py.formats import gguf
-from ds4py.formats.gguf import Field, NewTensor
+from ds4py.formats.gguf import Field
+from ds4py.formats.gguf_write import NewTensor, write
 
 Raw = np.ndarray[Any, Any]
 
@@ -75,7 +77,7 @@ def test_the_package_reads_what_was_written(
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
     values = np.arange(12, dtype=np.float32)
     blocks = np.random.default_rng(0).integers(0, 256, 2 * 34, np.uint8)
-    gguf.write(
+    write(
         path,
         metadata,
         [
@@ -355,7 +357,7 @@ def test_what_cannot_be_written_leaves_the_old_file(
     path = tmp_path / "m.gguf"
     path.write_bytes(b"old")
     with pytest.raises(error, match=says):
-        gguf.write(path, metadata, tensors)
+        write(path, metadata, tensors)
     assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
 
 
@@ -363,12 +365,12 @@ def test_names_are_written_once(tmp_path: Path) -> None:
     ones = np.ones(1, np.float32)
     twice = [new("x", "F32", (1,), ones), new("x", "F32", (1,), ones)]
     with pytest.raises(WeightsError, match="need a new name"):
-        gguf.write(tmp_path / "m.gguf", {}, twice)
+        write(tmp_path / "m.gguf", {}, twice)
 
 
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be written"):
-        gguf.write(tmp_path / "none" / "m.gguf", {}, [])
+        write(tmp_path / "none" / "m.gguf", {}, [])
 
 
 def test_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
@@ -382,7 +384,63 @@ def test_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
 
         return NewTensor(name, "F32", (3,), parts)
 
-    gguf.write(tmp_path / "m.gguf", {}, [tensor("a"), tensor("b")])
+    write(tmp_path / "m.gguf", {}, [tensor("a"), tensor("b")])
     assert order == ["a begins", "a ends", "b begins", "b ends"]
     assert gguf.is_gguf(tmp_path / "m.gguf") and not gguf.is_gguf(tmp_path)
     assert all(t.offset % 32 == 0 for t in gguf.read(tmp_path / "m.gguf").tensors.values())
+
+
+class Interrupted(Exception):
+    pass
+
+
+def counted(asked: list[str], stop_at: str = "") -> list[NewTensor]:
+    """Three tensors that note when they are asked for."""
+
+    def parts(name: str, values: Raw) -> Iterable[Raw]:
+        asked.append(name)
+        yield values[:3]
+        if name == stop_at:
+            raise Interrupted
+        yield values[3:]
+
+    return [
+        NewTensor(n, "F32", (5,), partial(parts, n, np.arange(5, dtype=np.float32) + i))
+        for i, n in enumerate("abc")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("between", "asked_again"),
+    [
+        (lambda folder: None, "bc"),
+        (lambda folder: (folder / ".m.gguf.done").write_text("{"), "abc"),
+        (lambda folder: (folder / ".m.gguf.done").unlink(), "abc"),
+        (lambda folder: (folder / ".m.gguf.partial").write_bytes(b"GGUF"), "abc"),
+        (lambda folder: write(folder / "m.gguf", {}, counted([])), "abc"),
+    ],
+    ids=["at once", "journal cut", "journal gone", "part gone", "another run"],
+)
+def test_an_interrupted_file_is_taken_up_again(
+    tmp_path: Path, between: Callable[[Path], object], asked_again: str
+) -> None:
+    path, whole, metadata = tmp_path / "m.gguf", tmp_path / "w.gguf", {"k": Field("u8", 1)}
+    write(whole, metadata, counted([]))
+    with pytest.raises(Interrupted):
+        write(path, metadata, counted([], stop_at="b"), identity="x")
+    assert not path.exists()
+    between(tmp_path)
+    asked: list[str] = []
+    write(path, metadata, counted(asked), identity="x")
+    assert "".join(asked) == asked_again and path.read_bytes() == whole.read_bytes()
+    assert {*tmp_path.iterdir()} == {path, whole}
+
+
+def test_what_another_run_left_is_not_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    for identity, metadata in (("y", {}), ("x", {"k": Field("u8", 1)})):
+        with pytest.raises(Interrupted):
+            write(path, {}, counted([], stop_at="c"), identity="x")
+        asked: list[str] = []
+        write(path, metadata, counted(asked), identity=identity)
+        assert asked == ["a", "b", "c"]
