@@ -81,7 +81,7 @@ def read_record(directory: Path) -> Record | None:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
         files = tuple(FileRecord(**file) for file in raw["files"])
         return Record(str(raw["repo"]), str(raw["revision"]), files)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PullError(

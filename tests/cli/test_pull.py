@@ -341,6 +341,10 @@ def test_a_directory_that_is_not_ours(runner: Runner, hub: Hub, tmp_path: Path) 
     own.mkdir()
     (own / "cat.png").write_bytes(b"cat")
     assert "was not made by `ds4 pull`" in runner("pull", REPO, "--to", str(own)).complaint()
+    file = runner("pull", REPO, "--to", str(own / "cat.png"))
+    assert "was not made by `ds4 pull`" in file.complaint()
+    below = runner("pull", REPO, "--to", str(own / "cat.png" / "model"))
+    assert "cannot write" in below.complaint() and "Not a directory" in below.err
     other = tmp_path / "model"
     place.partial(other).mkdir()
     (place.partial(other) / "cat.png").write_bytes(b"cat")
