@@ -16,6 +16,7 @@ from ds4py.formats.gguf import GGUF, Field
 from ds4py.text.byte_level import (
     NORMAL,
     RULES,
+    UNUSED,
     ByteLevelTokenizer,
     Vocabulary,
     read_vocabulary,
@@ -68,15 +69,40 @@ def _sentencepiece(file: GGUF, tokens: list[str], bos_id: int, eos_id: int) -> T
     return SentencePieceTokenizer(file.path, model, (bos_id, eos_id))
 
 
-def fields_beside(directory: Path, bos_id: int, eos_id: int) -> dict[str, Field]:
-    """The metadata of the tokenizer in a model directory. Raises TokenizerError."""
+def fields_beside(directory: Path, vocab_size: int, bos_id: int, eos_id: int) -> dict[str, Field]:
+    """The metadata of the tokenizer in a model directory, filled up to the model's vocabulary.
+
+    Raises TokenizerError.
+    """
     if (directory / "tokenizer.json").exists():
-        return tokenizer_fields(read_vocabulary(directory / "tokenizer.json"), bos_id, eos_id)
+        words = read_vocabulary(directory / "tokenizer.json")
+        kinds = list(words.kinds or ())
+        more = _fill(directory, len(words.tokens), vocab_size)
+        words = Vocabulary([*words.tokens, *more], words.merges, kinds + [UNUSED] * len(more))
+        return tokenizer_fields(words, bos_id, eos_id)
     if (directory / "tokenizer.model").exists():
-        return piece_fields(read_pieces(directory / "tokenizer.model"), bos_id, eos_id)
+        pieces = read_pieces(directory / "tokenizer.model")
+        more = _fill(directory, len(pieces.texts), vocab_size)
+        pieces = Pieces(
+            [*pieces.texts, *more],
+            [*pieces.scores, *[0.0] * len(more)],
+            [*pieces.kinds, *[UNUSED] * len(more)],
+            pieces.adds_prefix,
+        )
+        return piece_fields(pieces, bos_id, eos_id)
     raise TokenizerError(
         f"{directory} has no tokenizer.json and no tokenizer.model, one of which a GGUF file needs"
     )
+
+
+def _fill(directory: Path, n_tokens: int, vocab_size: int) -> list[str]:
+    """Names for the ids that the model has and the tokenizer does not."""
+    if n_tokens > vocab_size:
+        raise TokenizerError(
+            f"the tokenizer in {directory} has {n_tokens} tokens; the model's vocabulary is "
+            f"{vocab_size}, need at most as many"
+        )
+    return [f"[PAD{i}]" for i in range(n_tokens, vocab_size)]
 
 
 def tokenizer_fields(vocabulary: Vocabulary, bos_id: int, eos_id: int) -> dict[str, Field]:

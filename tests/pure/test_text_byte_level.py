@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ds4py.errors import PromptError, TokenizerError
+from ds4py.formats.gguf import GGUF
 from ds4py.text.byte_level import (
     CONTROL,
     CUTS,
@@ -28,6 +29,7 @@ from ds4py.text.byte_level import (
 )
 from ds4py.text.messages import BOS, CONTROL_TOKENS, EOS, Segment
 from ds4py.text.tokenizer import Tokenizer, load
+from ds4py.weights.gguf_tokenizer import fields_beside, tokenizer_of
 
 CORPUS = [
     "the quick brown fox 1234567 jumps, over the <think> lazy dog.\n\n  def f(x):\n\treturn 12",
@@ -203,3 +205,14 @@ def test_merges_may_be_pairs_and_ids_may_have_gaps(tmp_path: Path) -> None:
     own = ByteLevelTokenizer(vocabulary, 0, 1, "the file")
     text = "the quick 日本語 1234"
     assert own.encode(text) == load(tmp_path).encode(text)
+
+
+def test_through_the_metadata_of_a_gguf_file(tmp_path: Path) -> None:
+    deepseek_json(tmp_path / "tokenizer.json")
+    original = load(tmp_path)
+    size = original.vocab_size + 3
+    file = GGUF(Path("m.gguf"), 3, 32, fields_beside(tmp_path, size, 0, 1), {})
+    found = tokenizer_of(file, size, 0, 1)
+    text = "the quick 日本語 1234 <think>"
+    assert found.encode(text) == original.encode(text)
+    assert found.vocab_size == size and found.piece(size - 1) == b""

@@ -23,7 +23,7 @@ TINY = assets.path("models", "tiny")
 
 
 def in_gguf(**changes: Field) -> GGUF:
-    metadata = fields_beside(TINY, 0, 1)
+    metadata = fields_beside(TINY, 2048, 0, 1)
     metadata |= {f"tokenizer.ggml.{key}": field for key, field in changes.items()}
     return GGUF(Path("m.gguf"), 3, 32, metadata, {})
 
@@ -123,10 +123,21 @@ def test_lists_that_make_no_model(changes: dict[str, Field], says: str) -> None:
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json and no tokenizer\.model"):
-        fields_beside(tmp_path, 0, 1)
+        fields_beside(tmp_path, 2048, 0, 1)
     file = in_gguf()
     short = replace(
         file, metadata={**file.metadata, "tokenizer.ggml.tokens": Field("string[]", [])}
     )
     with pytest.raises(TokenizerError, match="has 0 tokens"):
         tokenizer_of(short, 2048, 0, 1)
+
+
+def test_a_vocabulary_larger_than_the_tokenizer() -> None:
+    """Models round their vocabulary up; ids without a token get one that is never used."""
+    file = GGUF(Path("m.gguf"), 3, 32, fields_beside(TINY, 2050, 0, 1), {})
+    padded, original = tokenizer_of(file, 2050, 0, 1), load(TINY)
+    assert (padded.vocab_size, padded.piece(2048), padded.piece(2049)) == (2050, b"", b"")
+    text = "Anna had a [PAD2048] and a small dog."
+    assert padded.encode(text) == original.encode(text)
+    with pytest.raises(TokenizerError, match="has 2048 tokens; the model's vocabulary is 2047"):
+        fields_beside(TINY, 2047, 0, 1)
