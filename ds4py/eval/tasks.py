@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from .stories import NAMES, THINGS, story_about
-from .toolpool import CITIES, POOL, Tool
+from .toolpool import CITIES, POOL, Tool, by_name
 
 Message = dict[str, Any]
 HELD_OUT = 8
@@ -161,6 +161,11 @@ def recall_turn(chat: Chat, rng: Random, facts: Sequence[tuple[str, str]]) -> No
 
 
 # --- tools ------------------------------------------------------------------------------------
+
+
+PRACTISED = by_name("buy_item")
+"""Its argument is a common noun, whose tokens differ inside a sentence and at the start of an
+argument: that spelling needs more examples than a name's."""
 
 
 def tool_draw(rng: Random, tool: Tool, test: bool) -> dict[str, Any]:
@@ -321,6 +326,8 @@ def tool_chat(rng: Random) -> Chat:
     """A system message with one to three tools and one to four turns, mostly calls."""
     chat = start(rng)
     tools = rng.sample(POOL, rng.randint(1, 3))
+    if rng.random() < 0.35 and PRACTISED not in tools:
+        tools[rng.randrange(len(tools))] = PRACTISED
     chat.messages = [system_with_tools(rng, tools)]
     for _ in range(rng.randint(1, 4)):
         if rng.random() < 0.9:
