@@ -263,7 +263,12 @@ def pull(
 @app.command(short_help="Make a model smaller.")
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model in DeepSeek's layout.")],
-    target: Annotated[str, typer.Argument(metavar="DST", help="The new model's directory.")],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="The new model's directory or GGUF file.")
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="KIND", help="bundle, or gguf as antirez/ds4 reads it.")
+    ] = "bundle",
     recipe: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Formats by class and layer (JSON). Default: 2-bit."),
@@ -272,14 +277,14 @@ def quantize(
         str | None, typer.Option(metavar="FILE", help="Importance made by `ds4 imatrix`.")
     ] = None,
 ) -> int:
-    """Convert a checkpoint into a bundle: routed experts at 2 bits, what every token reads at 8.
+    """Convert a model into a bundle: routed experts at 2 bits, what every token reads at 8.
 
     It can be stopped at any time: the same command goes on where it was, and until all is done
     there is no model.
     """
     from ds4py.cli.quantize import run
 
-    return run(source, target, recipe, imatrix)
+    return run(source, target, to, recipe, imatrix)
 
 
 @app.command(short_help="Measure which weights matter.")

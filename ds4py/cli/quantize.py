@@ -1,4 +1,4 @@
-"""`ds4 quantize` and `ds4 imatrix`: make a bundle, and measure what matters in a model."""
+"""`ds4 quantize` and `ds4 imatrix`: make a smaller model, and measure what matters in one."""
 
 import sys
 from pathlib import Path
@@ -6,26 +6,34 @@ from pathlib import Path
 from ds4py.cli.model import open_engine, tokenizer_of
 from ds4py.cli.progress import ByteProgress, ProgressBar
 from ds4py.cli.settings import ModelChoice, Settings, read_file
-from ds4py.errors import InputError
+from ds4py.errors import InputError, OptionsError
+
+KINDS = ("bundle", "gguf")
 
 
-def run(source: str, target: str, recipe: str | None, imatrix: str | None) -> int:
-    """Convert a checkpoint into a bundle; the exit code. The bundle's path goes to stdout."""
-    from ds4py.config import ModelConfig
+def run(source: str, target: str, kind: str, recipe: str | None, imatrix: str | None) -> int:
+    """Convert a model into a bundle or a GGUF file; the exit code. Its path goes to stdout."""
     from ds4py.engine.engine import resolve
     from ds4py.quant import imatrix as importance
     from ds4py.quant.convert import Converter
     from ds4py.quant.recipe import Recipe
+    from ds4py.quant.to_gguf import Exporter
     from ds4py.weights.checkpoint import Checkpoint
+    from ds4py.weights.files import ModelFiles
 
-    directory = resolve(source)
-    config = ModelConfig.load(directory)
-    plan = Recipe.load(Path(recipe) if recipe else None, len(config.layers))
+    if kind not in KINDS:
+        raise OptionsError(f"--to is {kind!r}; there are {' and '.join(KINDS)}")
+    files = ModelFiles.at(resolve(source))
+    plan = Recipe.load(Path(recipe) if recipe else None, len(files.config.layers))
     weights = importance.load(Path(imatrix)) if imatrix else {}
-    checkpoint = Checkpoint(directory, config)
+    place = Path(target)
     with ByteProgress(sys.stderr) as progress:
-        Converter(checkpoint, Path(target), plan, weights, progress).run()
-    print(Path(target).absolute())
+        if kind == "gguf":
+            Exporter(files, place, plan, weights, progress).run()
+        else:
+            checkpoint = Checkpoint(files.path, files.config)
+            Converter(checkpoint, place, plan, weights, progress).run()
+    print(place.absolute())
     return 0
 
 

@@ -1,5 +1,6 @@
 """`ds4 quantize` and `ds4 imatrix` as a user runs them, on the embedded model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,18 @@ def test_importance_bundle_and_an_answer(tmp_path: Path) -> None:
     assert again.returncode == 2 and "already holds a bundle" in again.stderr
 
 
+def test_a_gguf_file_and_an_answer(tmp_path: Path) -> None:
+    recipe, path = tmp_path / "recipe.json", tmp_path / "tiny.gguf"
+    formats = {"routed.gate": "MXFP4", "routed.up": "MXFP4", "routed.down": "MXFP4"}
+    recipe.write_text(json.dumps({"formats": formats}))
+    made = ds4("quantize", "tiny", str(path), "--to", "gguf", "--recipe", str(recipe))
+    assert (made.returncode, made.stdout.strip()) == (0, str(path)), made.stderr
+    answer = ds4("generate", "Hello!", "--model", str(path), "--max-tokens", "5", "--seed", "1")
+    assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
+    again = ds4("quantize", "tiny", str(path), "--to", "gguf")
+    assert again.returncode == 2 and "already exists" in again.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -34,6 +47,7 @@ def test_importance_bundle_and_an_answer(tmp_path: Path) -> None:
         (("quantize", "tiny", "b", "--imatrix", "absent"), "absent"),
         (("imatrix", "tiny", "absent.txt", "o"), "absent.txt"),
         (("quantize", "tiny"), "DST"),
+        (("quantize", "tiny", "b", "--to", "onnx"), "--to is 'onnx'; there are bundle and gguf"),
     ],
 )
 def test_bad_input(arguments: tuple[str, ...], named: str) -> None:
