@@ -3,6 +3,21 @@
 What is minimised is the sum over a row of importance * (value - decoded value)^2. With the mean
 square of each input channel as importance that is, up to correlations between channels, the
 expected squared error of the layer's output.
+
+Measured against ggml's quantisers (llama.cpp b10605) on the data of tools/make_encode_figures.py,
+our error as a share of theirs, gaussian to heavy-tailed weights; and, on one core of an AMD EPYC
+with AVX2, 10^6 weights a second without and with an importance:
+
+    format     no importance   importance    10^6/s
+    Q8_0        0.85 - 0.92    0.77 - 0.88   109   109
+    Q6_K        0.97 - 0.97    0.95 - 0.97    54    51
+    Q4_K        0.95 - 0.97    0.92 - 0.94    24    24
+    Q2_K        0.89 - 0.94    0.84 - 0.91    17    16
+    IQ2_XXS     0.66 - 0.91    0.64 - 0.84    10     8
+    MXFP4       0.94 - 0.96    0.93 - 0.96   117   119
+
+ggml multiplies the importance by a root of the value's own square and so prefers large values. With
+that as the weight ours stays below theirs as well: 0.68 - 0.98 for IQ2_XXS, Q2_K and Q4_K.
 """
 
 from __future__ import annotations

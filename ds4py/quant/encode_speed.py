@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class EncodeRate:
     weights: int
     mega_weights: float
     """10^6 weights a second."""
+    per_core: float
+    """10^6 weights for each second of processor time: what other programs' load leaves alone."""
     megabytes: float
     """10^6 bytes of the encoded form a second."""
     error: float
@@ -59,11 +61,12 @@ def measure(
         if progress:
             progress("encode", done, len(jobs))
         encode(name, x[:1], importance)
-        runs = []
+        runs, worked = [], process_time()
         for _ in range(repeat):
             start = perf_counter()
             data = encode(name, x, importance, threads)
             runs.append(x.size / (perf_counter() - start) / 1e6)
+        worked = process_time() - worked
         w = np.ones(COLS) if importance is None else importance.astype(np.float64)
         error = float((w * (decode(name, data) - x) ** 2).sum() / (w * x**2).sum())
         rate, bits = statistics.median(runs), FORMATS[name].bits
@@ -75,6 +78,7 @@ def measure(
                 threads=threads,
                 weights=x.size,
                 mega_weights=round(rate, 2),
+                per_core=round(repeat * x.size / worked / 1e6, 2),
                 megabytes=round(rate * bits / 8, 2),
                 error=float(f"{error:.4g}"),
                 runs=tuple(round(r, 2) for r in runs),

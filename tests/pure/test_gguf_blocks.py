@@ -80,6 +80,13 @@ def test_mlx_equals_numpy(name: str, seed: int) -> None:
     assert_same_bits(np.array(decode_mlx(name, mx.array(data))), decode(name, data))
 
 
+@NAMES
+def test_many_blocks(name: str) -> None:
+    """More than are decoded at a time, and no multiple of it."""
+    data = random_rows(name, 3, rows=7, blocks=80_000 // FORMATS[name].block_values)
+    assert_same_bits(decode(name, data), oracle(name, data))
+
+
 def test_every_point_sign_and_scale_of_iq2_xxs() -> None:
     """A group for each of the 256 points, 128 sign indices and 16 scales."""
     group = np.arange(256, dtype=np.uint32)

@@ -179,6 +179,10 @@ BY_GGUF_TYPE = {f.gguf_type: f for f in FORMATS.values()}
 """The formats by their number in a GGUF file."""
 
 
+_CHUNK = 1 << 16
+"""Values decoded at a time: the steps between stay in the cache and need no memory to speak of."""
+
+
 def block_format(name: str) -> BlockFormat:
     """The format of that name. WeightsError for an unknown one."""
     if name not in FORMATS:
@@ -191,8 +195,11 @@ def decode(name: str, data: U8) -> F32:
     fmt = block_format(name)
     shape = (*data.shape[:-1], fmt.row_values(data.shape[-1]))
     blocks = np.ascontiguousarray(data).reshape(-1, fmt.block_bytes)
+    values = np.empty((len(blocks), fmt.block_values), np.float32)
+    step = _CHUNK // fmt.block_values
     with np.errstate(invalid="ignore", over="ignore"):  # scales that are NaN or infinite
-        values: F32 = fmt.blocks(np, blocks)
+        for start in range(0, len(blocks), step):
+            values[start : start + step] = fmt.blocks(np, blocks[start : start + step])
     return values.reshape(shape)
 
 
