@@ -18,7 +18,6 @@ def run(source: str, target: str, kind: str, recipe: str | None, imatrix: str | 
     from ds4py.quant.convert import Converter
     from ds4py.quant.recipe import Recipe
     from ds4py.quant.to_gguf import Exporter
-    from ds4py.weights.checkpoint import Checkpoint
     from ds4py.weights.files import ModelFiles
 
     if kind not in KINDS:
@@ -31,8 +30,7 @@ def run(source: str, target: str, kind: str, recipe: str | None, imatrix: str | 
         if kind == "gguf":
             Exporter(files, place, plan, weights, progress).run()
         else:
-            checkpoint = Checkpoint(files.path, files.config)
-            Converter(checkpoint, place, plan, weights, progress).run()
+            Converter(files.source(), place, plan, weights, progress).run()
     print(place.absolute())
     return 0
 

@@ -1,4 +1,4 @@
-"""Checkpoint -> bundle, file by file, resumable.
+"""Checkpoint or GGUF file -> bundle, file by file, resumable.
 
 One tensor is in memory at a time. A file is there whole or not at all (written beside, synced,
 renamed), and a finished file is recorded with its hash, so that a killed run goes on where it
@@ -29,6 +29,9 @@ from ds4py.quant.recipe import KEEP, Recipe
 from ds4py.weights import names
 from ds4py.weights.bundle import DENSE, RECIPE, ROUTED, VERSION, experts_file, layout_of
 from ds4py.weights.checkpoint import Checkpoint
+from ds4py.weights.gguf import GGUFCheckpoint
+from ds4py.weights.gguf_tokenizer import write_beside
+from ds4py.weights.source import Source
 
 Progress = Callable[[str, int, int], None]
 """Called with ("quantize", bytes done, bytes in all), counting the source's bytes."""
@@ -45,7 +48,7 @@ SPARE_BYTES = 64 << 20
 class Converter:
     """One conversion. `run` may be called again after any interruption."""
 
-    source: Checkpoint
+    source: Source
     target: Path
     recipe: Recipe
     importance: Importance = field(default_factory=dict)
@@ -68,12 +71,18 @@ class Converter:
         for layer, prefix in self._expert_layers():
             self._file(finished, experts_file(layer), [self._experts(prefix)])
         self._file(finished, DENSE, self._dense())
-        for file in CARRIED:
-            if (self.source.directory / file).exists():
-                shutil.copyfile(self.source.directory / file, self.target / file)
+        self._carry_tokenizer()
         _write_json(self.target / "config.json", self.config.raw)
         _write_json(self.target / RECIPE, self._recipe(finished))
         (self.target / STATE).unlink(missing_ok=True)
+
+    def _carry_tokenizer(self) -> None:
+        if isinstance(self.source, GGUFCheckpoint):
+            write_beside(self.source.file, self.target)
+        elif isinstance(self.source, Checkpoint):
+            for file in CARRIED:
+                if (self.source.directory / file).exists():
+                    shutil.copyfile(self.source.directory / file, self.target / file)
 
     @property
     def bundle_bytes(self) -> int:
@@ -87,7 +96,9 @@ class Converter:
 
     def _format(self, name: str) -> str:
         """The recipe's format, or "keep" for what has no blocks: vectors and tables."""
-        chosen = self.recipe.format_of(name)
+        chosen, stored = self.recipe.format_of(name), self.source.entries[name].dtype
+        if chosen == KEEP and stored in FORMATS:  # blocks of a GGUF file
+            return stored
         matrix = name.endswith(".weight") and len(self.shapes[name]) == 2
         if not matrix or chosen == KEEP:
             if ROUTED.search(name):
@@ -138,6 +149,13 @@ class Converter:
         self._report(self.source.entries[name].n_bytes)
         if fmt == KEEP:
             return self.source.entries[name].read()
+        return self._encoded(name)
+
+    def _encoded(self, name: str) -> npt.NDArray[np.uint8]:
+        """Blocks of the wanted format: the source's own, which nothing could better, or new."""
+        fmt, entry = self.formats[name], self.source.entries[name]
+        if entry.dtype == fmt:
+            return entry.read()
         matrix = self.source.matrix(name.removesuffix(".weight"))
         return encode(fmt, matrix, self.importance.get(name))
 
@@ -157,8 +175,7 @@ class Converter:
         record = np.zeros(layout.record_bytes, np.uint8)
         for where, w in zip(layout.slices(), ("w1", "w3", "w2"), strict=True):
             name = f"{expert}.{w}.weight"
-            matrix = self.source.matrix(f"{expert}.{w}")
-            record[where] = encode(self.formats[name], matrix, self.importance.get(name)).ravel()
+            record[where] = self._encoded(name).ravel()
             self._report(self.source.entries[name].n_bytes)
         return record
 

@@ -103,6 +103,36 @@ def read_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary(tokens, merges, kinds)
 
 
+def json_of(vocabulary: Vocabulary) -> dict[str, Any]:
+    """A vocabulary as tokenizer.json, the inverse of `read_vocabulary`."""
+    kinds = vocabulary.kinds or [_kind(token) for token in vocabulary.tokens]
+    added = _of_kind(vocabulary.tokens, kinds, CONTROL, USER_DEFINED)
+    used = sorted([*_of_kind(vocabulary.tokens, kinds, NORMAL), *added], key=lambda item: item[1])
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    splits = [
+        {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
+        for cut in CUTS
+    ]
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": token_id, "content": text, **plain, "special": kinds[token_id] == CONTROL}
+            for text, token_id in added
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [*splits, {**last, "use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": {**last, "use_regex": True},
+        "model": {"type": "BPE", "vocab": dict(used), "merges": list(vocabulary.merges)},
+    }
+
+
 def _merge(pair: Any) -> str:
     return pair if isinstance(pair, str) else " ".join(pair)
 

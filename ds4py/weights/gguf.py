@@ -162,6 +162,8 @@ def _types(name: str) -> tuple[str, ...]:
 class Part:
     """A checkpoint's tensor inside a file: a whole tensor, or one expert of it."""
 
+    name: str
+    """The checkpoint's."""
     tensor: TensorInfo
     shape: tuple[int, ...]
     """[out, in]"""
@@ -179,13 +181,23 @@ class Part:
     def read(self) -> npt.NDArray[Any]:
         """Plain numbers in `shape`, BF16 as uint16; blocks as uint8 [rows, bytes of a row].
 
-        Raises WeightsError.
+        Raises WeightsError, also for blocks that decode to NaN or infinity.
         """
         data = self.tensor.read(self.start, self.n_bytes)
         plain = PLAIN.get(self.dtype)
-        if plain is None:
-            return data.reshape(prod(self.shape[:-1]), -1)
-        return data.view(np.dtype(plain).newbyteorder("<")).reshape(self.shape)
+        if plain is not None:
+            return data.view(np.dtype(plain).newbyteorder("<")).reshape(self.shape)
+        rows = data.reshape(prod(self.shape[:-1]), -1)
+        if not are_finite(self.dtype, rows):
+            raise self.not_finite()
+        return rows
+
+    def not_finite(self) -> WeightsError:
+        """What to say of damaged numbers."""
+        return WeightsError(
+            f"{self.file}: {self.tensor.name} ({self.name}) has values that are NaN or infinite; "
+            "the file is damaged, fetch it again"
+        )
 
 
 class GGUFCheckpoint:
@@ -202,7 +214,7 @@ class GGUFCheckpoint:
 
         Raises WeightsError for missing, left over or misshapen tensors, naming them.
         """
-        self.config, self.progress = config, progress
+        self.file, self.config, self.progress = file, config, progress
         tensors = {t.name: t for t in _wanted(file)}
         for tensor in _wanted(draft) if draft is not None else ():
             if tensor.name in tensors:
@@ -235,7 +247,7 @@ class GGUFCheckpoint:
         values = values.astype(np.float32, copy=False)
         with np.errstate(invalid="ignore"):  # comparisons with NaN
             if not (np.isfinite(values.min()) and np.isfinite(values.max())):
-                raise self._not_finite(name)
+                raise part.not_finite()
         return values
 
     def packed(self, layer: int) -> PackedLayer | None:
@@ -269,20 +281,11 @@ class GGUFCheckpoint:
     def _read(self, name: str) -> npt.NDArray[Any]:
         part = self.entries[name]
         data = part.read()
-        if part.dtype not in PLAIN and not are_finite(part.dtype, data):
-            raise self._not_finite(name)
         if not name.startswith("mtp."):  # draft layers are loaded when first asked for
             self.done_bytes += part.n_bytes
             if self.progress is not None:
                 self.progress("load", self.done_bytes, self.total_bytes)
         return data
-
-    def _not_finite(self, name: str) -> WeightsError:
-        part = self.entries[name]
-        return WeightsError(
-            f"{part.file}: {part.tensor.name} ({name}) has values that are NaN or infinite; the "
-            "file is damaged, fetch it again"
-        )
 
 
 def _wanted(file: GGUF) -> Iterable[TensorInfo]:
@@ -297,7 +300,7 @@ def _parts(slot: Slot, tensor: TensorInfo) -> Iterable[tuple[str, Part]]:
     shape = tuple(reversed(dims))
     assert size_of(tensor.type, dims) == n_bytes
     for i, name in enumerate(slot.holds):
-        yield name, Part(tensor, shape, i * n_bytes, n_bytes)
+        yield name, Part(name, tensor, shape, i * n_bytes, n_bytes)
 
 
 def _check(path: Path, tensors: dict[str, TensorInfo], wanted: list[Slot]) -> None:

@@ -6,6 +6,7 @@ the embedded one, is kept as ggml keeps those.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ds4py.text.byte_level import (
     UNUSED,
     ByteLevelTokenizer,
     Vocabulary,
+    json_of,
     read_vocabulary,
 )
 from ds4py.text.pieces import Pieces, model_bytes, read_pieces
@@ -54,19 +56,39 @@ def _byte_level(file: GGUF, tokens: list[str], bos_id: int, eos_id: int) -> Toke
             f"{file.path}: {PREFIX}pre is {rules!r}; need {' or '.join(map(repr, RULES))}, "
             "DeepSeek's rules"
         )
-    merges = _get(file, "merges", "string[]", "the array of all merges")
-    kinds = _get(file, "token_type", "i32[] u32[]", "an array of whole numbers", [])
-    vocabulary = Vocabulary(tokens, merges, [int(k) for k in kinds] or None)
+    vocabulary = _vocabulary(file, tokens)
     return ByteLevelTokenizer(vocabulary, bos_id, eos_id, f"{file.path} ({TOKENS_KEY})")
 
 
+def _vocabulary(file: GGUF, tokens: list[str]) -> Vocabulary:
+    merges = _get(file, "merges", "string[]", "the array of all merges")
+    kinds = _get(file, "token_type", "i32[] u32[]", "an array of whole numbers", [])
+    return Vocabulary(tokens, merges, [int(k) for k in kinds] or None)
+
+
 def _sentencepiece(file: GGUF, tokens: list[str], bos_id: int, eos_id: int) -> Tokenizer:
+    return SentencePieceTokenizer(file.path, _model(file, tokens), (bos_id, eos_id))
+
+
+def _model(file: GGUF, tokens: list[str]) -> bytes:
     scores = _get(file, "scores", "f32[]", "an array of numbers")
     kinds = _get(file, "token_type", "i32[] u32[]", "an array of whole numbers")
     prefix = _get(file, "add_space_prefix", "bool", "true or false", True)
     pieces = Pieces(tokens, [float(s) for s in scores], [int(k) for k in kinds], prefix)
-    model = model_bytes(pieces, f"{file.path} ({TOKENS_KEY})")
-    return SentencePieceTokenizer(file.path, model, (bos_id, eos_id))
+    return model_bytes(pieces, f"{file.path} ({TOKENS_KEY})")
+
+
+def write_beside(file: GGUF, directory: Path) -> None:
+    """The file's tokenizer as tokenizer.json or tokenizer.model in a model directory.
+
+    The metadata was checked by `tokenizer_of` before.
+    """
+    tokens = file.metadata[TOKENS_KEY].value
+    if _get(file, "model", "string", "", BYTE_LEVEL) == SENTENCEPIECE:
+        (directory / "tokenizer.model").write_bytes(_model(file, tokens))
+        return
+    text = json.dumps(json_of(_vocabulary(file, tokens)), ensure_ascii=False)
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
 def fields_beside(directory: Path, vocab_size: int, bos_id: int, eos_id: int) -> dict[str, Field]:

@@ -7,16 +7,18 @@ from typing import Any
 import gguf as package
 import numpy as np
 import pytest
+import tokenizers
 
 from ds4py import Engine, EngineOptions, assets
 from ds4py.errors import InputError, TokenizerError, WeightsError
 from ds4py.formats import gguf
+from ds4py.quant.convert import Converter
 from ds4py.quant.encode import encode
 from ds4py.quant.recipe import Recipe
 from ds4py.quant.to_gguf import Exporter
 from ds4py.weights.files import ModelFiles
 from tests.golden import sets
-from tests.golden.gguf_files import PRESET, Q2, build
+from tests.golden.gguf_files import MIXED, PRESET, Q2, build
 from tools.golden.presets import config, draw
 
 TINY = assets.path("models", "tiny")
@@ -81,6 +83,39 @@ def test_blocks_of_the_wanted_format_are_copied(tmp_path: Path) -> None:
     tokens = "tokenizer.ggml.tokens"
     assert old.metadata[tokens] == new.metadata[tokens]
     assert Engine.open(tmp_path / "b.gguf", EXACT).tokenizer is not None
+
+
+@pytest.mark.parametrize("types", [Q2, MIXED], ids=["q2", "mixed"])
+def test_a_bundle_of_the_same_blocks(tmp_path: Path, types: tuple[tuple[str, str], ...]) -> None:
+    """GGUF to bundle, everything kept: the same logits, and a tokenizer that says the same."""
+    source = build(tmp_path / "source", types)
+    kinds = ("routed.gate", "routed.up", "routed.down", "shared", "attention", "head", "draft")
+    plan = Recipe.from_dict({"formats": dict.fromkeys(kinds, "keep")}, len(PRESET.ratios))
+    Converter(ModelFiles.at(source.path).source(), tmp_path / "bundle", plan).run()
+    old, new = Engine.open(source.path, EXACT), Engine.open(tmp_path / "bundle", EXACT)
+    np.testing.assert_array_equal(new.score(source.ids), old.score(source.ids))
+    np.testing.assert_array_equal(new.score_mtp(source.ids), old.score_mtp(source.ids))
+    assert old.tokenizer is not None and new.tokenizer is not None
+    text = "ab <think> 日本 123\n"
+    assert new.tokenizer.encode(text) == old.tokenizer.encode(text)
+    assert (new.tokenizer.bos_id, new.tokenizer.eos_id) == (0, 1)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "bundle" / "tokenizer.json"))
+    assert library.encode("<｜User｜>ab").ids == [
+        old.tokenizer.control_id("<｜User｜>"),
+        *(old.tokenizer.encode("ab")),
+    ]
+
+
+def test_the_embedded_model_from_a_gguf_file_to_a_bundle(tiny: Path, tmp_path: Path) -> None:
+    files = ModelFiles.at(tiny)
+    Converter(
+        files.source(), tmp_path / "b", Recipe.from_dict(QUICK, len(files.config.layers))
+    ).run()
+    text = "Anna had a small dog."
+    tokenizer = Engine.open(tmp_path / "b").tokenizer
+    original = ModelFiles.at(TINY).tokenizer()
+    assert tokenizer is not None and original is not None
+    assert tokenizer.encode(text) == original.encode(text)
 
 
 def test_importance_reaches_the_encoder(tmp_path: Path) -> None:
