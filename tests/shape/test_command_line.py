@@ -6,7 +6,7 @@ import sys
 import pytest
 
 HEAVY = {"mlx", "numpy", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors"}
-HEAVY |= {"huggingface_hub"}
+HEAVY |= {"huggingface_hub", "numba", "httpx2"}
 
 HELP = """
 from ds4py.cli.app import main
