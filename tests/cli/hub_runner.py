@@ -65,6 +65,7 @@ def start(folder: Path, endpoint: str) -> Iterator[Runner]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     own = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "secret"}
     own |= {"HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    own |= {"SSL_CERT_DIR": str(folder)}  # plain HTTP: every run would read 140 certificates
     with subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "cli" / "fork_runner.py")],
         env={**kept, **own},
