@@ -262,7 +262,9 @@ def pull(
 
 @app.command(short_help="Make a model smaller.")
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model in DeepSeek's layout.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Name, directory or GGUF file of a model.")
+    ],
     target: Annotated[
         str, typer.Argument(metavar="DST", help="The new model's directory or GGUF file.")
     ],
