@@ -156,7 +156,8 @@ def ranges(numbers: list[int]) -> str:
 
 def cache_facts(config: "ModelConfig", context: int | None) -> Iterator[tuple[str, str]]:
     """Lines about the context and the rows a token leaves in it."""
-    from ds4py.engine.memory import format_size, state_bytes
+    from ds4py.engine.memory import state_bytes
+    from ds4py.sizes import format_size
 
     longest = config.max_position_embeddings
     if context is not None and context > longest:
@@ -175,7 +176,7 @@ def cache_facts(config: "ModelConfig", context: int | None) -> Iterator[tuple[st
 
 def table(classes: Iterable[TensorClass]) -> Iterator[str]:
     """The tensor classes in columns."""
-    from ds4py.engine.memory import format_size
+    from ds4py.sizes import format_size
 
     rows = [*classes]
     total = TensorClass("all", sum(c.count for c in rows), sum(c.n_bytes for c in rows))

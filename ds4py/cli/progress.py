@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from ds4py.cli.view import can_draw
-from ds4py.hub.place import size
+from ds4py.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -107,13 +107,13 @@ class ByteProgress(ProgressBar):
         """`fetching: 34.5 GB of 159.6 GB, 85.2 MB/s, 25 min left`"""
         start, before = self._start
         elapsed = self._clock() - start
-        text = f"{_BYTE_TITLES[self._stage].lower()}: {size(done)} of {size(total)}"
+        text = f"{_BYTE_TITLES[self._stage].lower()}: {format_size(done)} of {format_size(total)}"
         if elapsed <= 0 or done <= before:
             return text
         rate = (done - before) / elapsed
         minutes, seconds = divmod(round((total - done) / rate), 60)
         left = f"{minutes} min" if minutes else f"{seconds} s"
-        return f"{text}, {size(int(rate))}/s, {left} left"
+        return f"{text}, {format_size(rate)}/s, {left} left"
 
     def _draw(self, done: int, total: int) -> None:
         if self._bar is None:

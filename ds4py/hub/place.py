@@ -87,11 +87,3 @@ def read_record(directory: Path) -> Record | None:
         raise PullError(
             f"{path} cannot be read ({error}); remove {directory} and pull the model again"
         ) from error
-
-
-def size(n_bytes: int) -> str:
-    """`159.6 GB`."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= limit:
-            return f"{n_bytes / limit:.1f} {unit}"
-    return f"{n_bytes} bytes"

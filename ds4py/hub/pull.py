@@ -21,8 +21,9 @@ from ds4py.hub import place
 from ds4py.hub.fetch import Crew, Progress
 from ds4py.hub.manifest import SUFFIXES, Manifest
 from ds4py.hub.parts import PART_BYTES, PartialFile
-from ds4py.hub.place import FileRecord, Record, size
+from ds4py.hub.place import FileRecord, Record
 from ds4py.hub.remote import Remote
+from ds4py.sizes import format_size
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -172,8 +173,9 @@ def _check_space(directory: Path, missing: int) -> None:
     free = shutil.disk_usage(place.partial(directory)).free
     if missing > free:
         raise PullError(
-            f"{size(missing)} are still to come and {size(free)} are free at {directory.parent}: "
-            f"{size(missing - free)} too little; make space, or choose another disk with --to"
+            f"{format_size(missing)} are still to come and {format_size(free)} are free at "
+            f"{directory.parent}: {format_size(missing - free)} too little; make space, or choose "
+            "another disk with --to"
         )
 
 

@@ -459,5 +459,5 @@ def test_lines_of_progress() -> None:
     assert "".join(err).splitlines() == [
         "ds4: fetching: 10.0 MB of 110.0 MB",
         "ds4: fetching: 60.0 MB of 110.0 MB, 5.0 MB/s, 10 s left",
-        "ds4: checking: 0 bytes of 110.0 MB",
+        "ds4: checking: 0 B of 110.0 MB",
     ]

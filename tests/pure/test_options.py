@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from ds4py import EngineOptions, SamplingOptions
-from ds4py.engine.memory import format_size, parse_size
 from ds4py.errors import OptionsError
+from ds4py.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

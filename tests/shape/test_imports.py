@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first. The empty name is `ds4py` itself, which re-exports the engine's names.
 LAYERS = (
     {"errors"},
-    {"assets", "config"},
+    {"assets", "config", "sizes"},
     {"text", "formats", "hub"},
     {"kernels"},
     {"cache"},
