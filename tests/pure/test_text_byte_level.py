@@ -118,6 +118,17 @@ def test_cuts_made_by_hand(text: str, pieces: list[str]) -> None:
     assert [piece for piece, _ in found] == pieces
 
 
+def test_the_edges_of_the_han_and_kana_run() -> None:
+    """First and last of the three ranges stand by themselves, their neighbours are letters."""
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(cut), "isolated") for cut in CUTS]
+    sequence = pre_tokenizers.Sequence(cuts)
+    for code in (0x4E00, 0x9FA5, 0x3041, 0x309F, 0x30A1, 0x30FF):
+        found = sequence.pre_tokenize_str(f"a{chr(code)}b")
+        assert [piece for piece, _ in found] == ["a", chr(code), "b"]
+    for code in (0x9FA6, 0x3105, 0x4DBF):
+        assert len(sequence.pre_tokenize_str(f"a{chr(code)}b")) == 1
+
+
 def small() -> Vocabulary:
     """All bytes, one merge, two control tokens, one unused."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
