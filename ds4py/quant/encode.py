@@ -13,7 +13,7 @@ with AVX2, 10^6 weights a second without and with an importance:
     Q6_K        0.97 - 0.97    0.95 - 0.97    54    51
     Q4_K        0.95 - 0.97    0.92 - 0.94    24    24
     Q2_K        0.89 - 0.94    0.84 - 0.91    17    16
-    IQ2_XXS     0.66 - 0.91    0.64 - 0.84    10     8
+    IQ2_XXS     0.66 - 0.91    0.64 - 0.84    12     9
     MXFP4       0.94 - 0.96    0.93 - 0.96   117   119
 
 ggml multiplies the importance by a root of the value's own square and so prefers large values. With

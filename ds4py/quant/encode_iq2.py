@@ -44,8 +44,8 @@ _REACH = F32(5)
 """Scales from 1/5 to 5 times a group's rough one are searched exactly."""
 _FACTORS = np.geomspace(0.45, 2.4, 12).astype(np.float32)
 """Where the search for a group's own scale begins, times its rough scale."""
-_D_STEPS = np.linspace(15.7, 8.5, 17).astype(np.float32)
-"""What k + 1/2 the largest scale of a block may become."""
+_D_STEPS = np.linspace(15.6, 10.6, 6).astype(np.float32)
+"""What k + 1/2 the largest scale of a block may become. 17 steps gain 0.05 %, one loses 0.1 %."""
 
 
 @compiled

@@ -99,10 +99,10 @@ def test_importance_moves_the_error(name: str) -> None:
 
 @NAMES
 def test_what_does_not_change_the_bytes(name: str) -> None:
-    x = normal(40, 2048, 5)
+    x = normal(40, 4096, 5)  # three slices of rows, the last one short
     data = encode(name, x)
-    np.testing.assert_array_equal(data, encode(name, x, np.zeros(2048)))
-    np.testing.assert_array_equal(data, encode(name, x, np.full(2048, 3e-9)))
+    np.testing.assert_array_equal(data, encode(name, x, np.zeros(4096)))
+    np.testing.assert_array_equal(data, encode(name, x, np.full(4096, 3e-9)))
     np.testing.assert_array_equal(data, encode(name, x, threads=1))
     np.testing.assert_array_equal(data, encode(name, x, threads=3))
     np.testing.assert_array_equal(data[7:9], encode(name, x[7:9]))
