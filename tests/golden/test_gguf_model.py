@@ -73,6 +73,9 @@ def test_the_engine_around_it(built: Built, tmp_path: Path) -> None:
     engine = Engine.open(built.path, EXACT, lambda *step: steps.append(step))
     assert engine.name == "model.gguf" and engine.context == 1048576
     assert steps[-1][1] == steps[-1][2] and all(a[1] < b[1] for a, b in pairwise(steps))
+    count = len(steps)
+    engine.score_mtp(built.ids[:9])  # loads the draft layer, which is not counted
+    assert len(steps) == count
     assert engine.tokenizer is not None and engine.tokenizer.vocab_size == PRESET.vocab
     ids = engine.tokenizer.encode([Segment("<｜User｜>", control=True), Segment("ab <think>")])
     assert engine.tokenizer.decode(ids) == "<｜User｜>ab <think>" and ids[0] == 2
