@@ -24,7 +24,8 @@ def allowed(logits: Any, options: SamplingOptions) -> set[int]:
     p = np.exp(logits[kept] - logits[kept].max())
     p /= p.sum()
     before = np.cumsum(p) - p
-    kept = [t for t, b in zip(kept, before, strict=True) if b < options.top_p]
+    if options.top_p < 1:  # at 1 nothing is cut, though a sum may round up to it
+        kept = [t for t, b in zip(kept, before, strict=True) if b < options.top_p]
     top = logits[kept].max()
     return {int(t) for t in kept if options.min_p == 0 or logits[t] >= top + np.log(options.min_p)}
 
