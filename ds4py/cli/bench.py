@@ -25,3 +25,19 @@ def run_speed(model: ModelChoice, tokens: int, repeat: int, json_only: bool) -> 
     result = speed.as_json(engine, rates, host) | {"load_s": round(load_s, 4)}
     print(json.dumps(result))
     return 0
+
+
+def run_encode(weights: int, repeat: int) -> int:
+    """Measure the block encoders; a table, then one line of JSON. The exit code."""
+    from ds4py.bench import machine
+    from ds4py.quant import encode_speed
+
+    with ProgressBar(sys.stderr) as bar:
+        rates = encode_speed.measure(weights=weights, repeat=repeat, progress=bar)
+    print(f"{'format':8} {'bits':>6} {'importance':>10} {'Mweights/s':>10} {'per core':>9}  error")
+    for rate in rates:
+        how = "yes" if rate.importance else "no"
+        speeds = f"{rate.mega_weights:10.1f} {rate.per_core:9.1f}"
+        print(f"{rate.format:8} {rate.bits:6.3f} {how:>10} {speeds}  {rate.error:.2e}")
+    print(json.dumps(encode_speed.as_json(rates, machine.describe())))
+    return 0

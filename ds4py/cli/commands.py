@@ -331,3 +331,21 @@ def speed(
     from ds4py.cli.bench import run_speed
 
     return run_speed(given.choose_model(model), tokens, repeat, json)
+
+
+@bench.command(short_help="Measure the quantisers.")
+def encode(
+    weights: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Weights to encode, in rows of 2048.")
+    ] = 1 << 20,
+    repeat: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Runs of each; the median counts.")
+    ] = 3,
+) -> int:
+    """Measure weights per second and error of every block format, on made-up weights.
+
+    Prints a table and, as the last line, JSON with the machine and the version.
+    """
+    from ds4py.cli.bench import run_encode
+
+    return run_encode(weights, repeat)

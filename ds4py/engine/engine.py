@@ -28,6 +28,7 @@ from ds4py.model.mtp import DraftLayer
 from ds4py.text.tokenizer import Tokenizer
 from ds4py.weights.files import ModelFiles
 from ds4py.weights.load import Loader
+from ds4py.weights.source import fingerprint
 
 EMBEDDED = "tiny"
 """The model that travels with the package."""
@@ -70,9 +71,7 @@ def resolve(name: str | os.PathLike[str], models: Path | None = None) -> Path:
 class Engine:
     """A loaded model. Made by `Engine.open`; everything is read-only but the counters."""
 
-    def __init__(
-        self, path: Path, name: str, options: EngineOptions, progress: Progress | None
-    ):
+    def __init__(self, path: Path, name: str, options: EngineOptions, progress: Progress | None):
         self.name, self.options = name, options
         files = ModelFiles.at(path)
         self.config: ModelConfig = files.config
@@ -175,16 +174,10 @@ class Engine:
     @cached_property
     def identity(self) -> str:
         """Names model and numerics: what must agree before a snapshot may be used."""
-        digest = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode())
-        entries = self._loader.checkpoint.entries
-        for name in sorted(entries):
-            entry = entries[name]
-            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        digest.update(entries["norm.weight"].read().tobytes())
-        for plan in self.config.layers:  # every layer's own numbers, without reading all weights
-            digest.update(entries[f"layers.{plan.index}.attn_norm.weight"].read().tobytes())
+        config = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode()).hexdigest()
+        weights = fingerprint(self._loader.checkpoint.files)
         numerics = f"{self._dtype_name} {self.model.ops.name} {self.options.trained_rounding}"
-        return f"{digest.hexdigest()} {numerics}"
+        return f"{config} {weights} {numerics}"
 
     @property
     def _dtype_name(self) -> str:

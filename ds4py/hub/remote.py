@@ -52,7 +52,7 @@ class Remote:
 
     def __init__(self, repo: str, revision: str | None, token: str | None):
         """Asks the hub which commit `revision` is. Raises PullError."""
-        self.repo, self._token = repo, token
+        self.repo = repo
         self.host = constants.ENDPOINT
         self._api = HfApi(token=token)
         self._listing: Iterable[object] | None = None

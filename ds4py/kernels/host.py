@@ -35,7 +35,6 @@ class HostOps:
     int32: Dtype = np.int32
 
     zeros = staticmethod(np.zeros)
-    full = staticmethod(np.full)
     arange = staticmethod(np.arange)
     exp = staticmethod(np.exp)
     sqrt = staticmethod(np.sqrt)

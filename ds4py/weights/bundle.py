@@ -75,6 +75,10 @@ class Bundle(Checkpoint):
             e.n_bytes for name, e in self.entries.items() if not name.startswith("mtp.")
         ) + sum(self._records[plan.index].n_bytes for plan in config.layers)
 
+    @property
+    def files(self) -> list[Path]:
+        return [*super().files, *(entry.file for entry in self._records.values())]
+
     def matrix(self, name: str) -> F32:
         """`name`.weight, decoded, [out, in] float32."""
         fmt = self.formats.get(f"{name}.weight")

@@ -45,6 +45,11 @@ class Checkpoint:
             e.n_bytes for name, e in self.entries.items() if not name.startswith("mtp.")
         )
 
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return sorted({entry.file for entry in self.entries.values()})
+
     def matrix(self, name: str) -> F32:
         """`name`.weight, dequantised, [out, in] float32."""
         entry = self.entries[f"{name}.weight"]

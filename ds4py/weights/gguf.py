@@ -229,6 +229,7 @@ class GGUFCheckpoint:
         self.entries = {
             name: part for slot in wanted for name, part in _parts(slot, tensors[slot.name])
         }
+        self.files = [file.path] if draft is None else [file.path, draft.path]
         self.done_bytes = 0
         self.total_bytes = sum(
             t.n_bytes for name, t in tensors.items() if not name.startswith("mtp.")

@@ -30,7 +30,7 @@ from ds4py.weights.source import Source
 
 @dataclass
 class Loader:
-    """Reads a checkpoint into modules of one numeric type on one `Dense`."""
+    """Reads a checkpoint into modules of one numeric type on one `Ops`."""
 
     checkpoint: Source
     ops: Ops
@@ -53,7 +53,7 @@ class Loader:
             self._block(f"layers.{plan.index}", plan, slot, series)
             for slot, plan in enumerate(c.layers)
         )
-        model = Transformer(
+        return Transformer(
             config=c,
             ops=self.ops,
             dtype=self.dtype,
@@ -64,7 +64,6 @@ class Loader:
             norm=self._vector("norm.weight"),
             head=self.ops.pack([(checkpoint.matrix("head"), self.ops.wide)]),
         )
-        return model
 
     def draft(self, model: Transformer) -> DraftLayer:
         """The first MTP layer; embedding and head are the main model's."""

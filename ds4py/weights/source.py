@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ds4py.config import ModelConfig
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """sha256 over each file's size and evenly spaced samples: tells one quantisation of a model
+    from another without reading 80 GB."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as stream:
+            for i in range(SAMPLES):
+                stream.seek(i * size // SAMPLES)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 class Entry(Protocol):
@@ -37,6 +55,11 @@ class Source(Protocol):
     @property
     def entries(self) -> Mapping[str, Entry]:
         """What is stored, by name."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The weight files, in a fixed order."""
         ...
 
     def matrix(self, name: str) -> npt.NDArray[np.float32]:

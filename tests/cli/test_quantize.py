@@ -54,3 +54,11 @@ def test_bad_input(arguments: tuple[str, ...], named: str) -> None:
     ended = ds4(*arguments)
     assert ended.returncode == 2 and named in ended.stderr
     assert ended.stderr.count("\n") == 1 and not ended.stdout
+
+
+def test_bench_encode() -> None:
+    done = ds4("bench", "encode", "--weights", "2048", "--repeat", "1")
+    assert done.returncode == 0, done.stderr
+    rates = json.loads(done.stdout.splitlines()[-1])["rates"]
+    found = {(rate["format"], rate["importance"]) for rate in rates}
+    assert len(found) == len(rates) == 12 and ("IQ2_XXS", True) in found

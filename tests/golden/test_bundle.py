@@ -237,3 +237,10 @@ def test_importance_changes_the_bundle(parent: Path, bundle: Path, tmp_path: Pat
     convert(parent, tmp_path / "b", {}, importance=importance)
     name = "experts-01.safetensors"
     assert (tmp_path / "b" / name).read_bytes() != (bundle / name).read_bytes()
+    ids = ids[:9]  # a snapshot belongs to one quantisation of a model
+    session = Engine.open(bundle).session()
+    session.sync(ids)
+    session.save(tmp_path / "s")
+    assert Engine.open(bundle).restore(tmp_path / "s").tokens == ids
+    with pytest.raises(InputError, match="another model"):
+        Engine.open(tmp_path / "b").restore(tmp_path / "s")
