@@ -62,6 +62,10 @@ class SamplingOptions:
     """Subtracted from logits of tokens that the answer already holds."""
     frequency_penalty: float = 0.0
     """Subtracted once per occurrence in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); -inf forbids the token."""
+    top_logprobs: int | None = None
+    """None = no log-probabilities; n = those of the token and of the n likeliest."""
     seed: int | None = None
     """Same seed, same prompt: same tokens. None = a fresh one."""
     stop: tuple[str, ...] = ()
@@ -80,6 +84,10 @@ class SamplingOptions:
         for name in ("presence_penalty", "frequency_penalty"):
             _need(abs(getattr(self, name)) <= 100, name, getattr(self, name), "within +-100")
         _need(all(self.stop), "stop", list(self.stop), "non-empty strings")
+        for token, bias in self.logit_bias:
+            _need(token >= 0 and bias < float("inf"), "logit_bias", (token, bias), "id and number")
+        top = self.top_logprobs
+        _need(top is None or 0 <= top <= 100, "top_logprobs", top, "0 to 100")
         seed = self.seed
         _need(seed is None or 0 <= seed < 2**63, "seed", seed, "an integer from 0 to 2^63-1")
 

@@ -17,7 +17,7 @@ from ds4py.cache import snapshot
 from ds4py.engine.checkpoints import GRID, Checkpoints
 from ds4py.engine.decode import decode
 from ds4py.engine.options import SamplingOptions
-from ds4py.engine.sampling import Sampler
+from ds4py.engine.sampling import Constraint, Logprobs, Sampler, logprobs
 from ds4py.engine.stopping import StopStrings
 from ds4py.errors import OptionsError, PromptError
 from ds4py.text.detokenizer import Detokenizer
@@ -38,6 +38,8 @@ class Token:
     """Text that became certain with this token; may be empty or span tokens."""
     finish_reason: str | None = None
     """"stop" (end token or stop string), "length" (max_tokens or context), or None."""
+    logprobs: Logprobs | None = None
+    """Where SamplingOptions.top_logprobs asks for them: before penalties and temperature."""
 
 
 class Session:
@@ -90,7 +92,9 @@ class Session:
         """Next-token logits, [V]. Raises PromptError on an empty session."""
         return cast(list[float], self._next_logits()[0].tolist())
 
-    def generate(self, options: SamplingOptions | None = None) -> Iterator[Token]:
+    def generate(
+        self, options: SamplingOptions | None = None, constraint: Constraint | None = None
+    ) -> Iterator[Token]:
         """Sample until the model stops, a stop string appears, or a limit is reached.
 
         Every token handed out is in the state; closing the iterator early keeps what was handed
@@ -104,7 +108,7 @@ class Session:
                 "the prompt"
             )
         n_tokens = room if options.max_tokens is None else min(options.max_tokens, room)
-        sampler = Sampler(options, self._tokens, self._engine.config.vocab_size)
+        sampler = Sampler(options, self._tokens, self._engine.config.vocab_size, constraint)
         steps = decode(self._model, self._state, logits, sampler, n_tokens)
         try:
             yield from self._tokens_of(steps, options, n_tokens)
@@ -137,7 +141,9 @@ class Session:
         tokenizer, eos = self._engine.tokenizer, self._engine.config.eos_token_id
         detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         stops = StopStrings(options.stop)
+        top = options.top_logprobs
         for n, (token, logits) in enumerate(steps, 1):
+            chance = None if top is None else logprobs(self._next_logits()[-1], token, top)
             self._record(token, logits)
             ended = token == eos and options.stop_at_eos
             text = "" if ended or detokenizer is None else detokenizer.push(token)
@@ -148,9 +154,9 @@ class Session:
             if last and not stopped:
                 text += stops.flush()
             if last or stopped:
-                yield Token(token, text, "stop" if ended or stopped else "length")
+                yield Token(token, text, "stop" if ended or stopped else "length", chance)
                 return
-            yield Token(token, text)
+            yield Token(token, text, None, chance)
 
     def _record(self, token: int, logits: mx.array) -> None:
         self._tokens.append(token)

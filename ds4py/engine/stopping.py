@@ -11,6 +11,8 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)
         self._held = ""
+        self.found: str | None = None
+        """The stop string that ended the text."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """New text -> (text that is safe to show, whether a stop string was found).
@@ -18,10 +20,11 @@ class StopStrings:
         Once found, the text before the earliest stop string is the last to be shown.
         """
         text = self._held + text
-        hits = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
+            first, self.found = min(hits)
             self._held = ""
-            return text[: min(hits)], True
+            return text[:first], True
         n_held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held], False

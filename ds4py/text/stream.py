@@ -64,6 +64,11 @@ class StreamParser:
         self._repeated = False  # the parameter has a name that this call had before
         self._value: list[str] = []  # of a parameter that is JSON: checked when complete
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is reasoning, as far as the text so far says."""
+        return self._in_reasoning
+
     def push(self, text: str) -> list[Event]:
         """The events that `text` makes certain."""
         self._buffer += text

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds4py import SamplingOptions
-from ds4py.engine.sampling import Sampler, restrict
+from ds4py.engine.sampling import Sampler, logprobs, restrict
+from ds4py.errors import OptionsError
 
 V = 12
 logit_lists = st.lists(
@@ -100,3 +101,46 @@ def test_penalties(options: dict[str, float], expected: list[float]) -> None:
     forced = mx.array([-9.0, 9.0, -9.0, -9.0])
     assert [int(sampler(forced * 9, p)) for p in range(2)] == [1, 1]
     np.testing.assert_allclose(np.array(sampler._penalise(logits)), expected)
+
+
+def test_a_bias_moves_logits_and_forbids() -> None:
+    logits = np.array([0.0, 1.0, 2.0, *[-9.0] * 9], np.float32)
+    bias = ((0, 1.5), (2, -float("inf")))
+    assert draw(logits, SamplingOptions(temperature=0, logit_bias=bias), 1).tolist() == [0]
+    with pytest.raises(OptionsError, match="token 12"):
+        Sampler(SamplingOptions(logit_bias=((V, 1.0),)), [], V)
+
+
+class Alternating:
+    """Even tokens after odd ones and the other way round, starting with odd; then anything."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def allowed(self) -> Any:
+        if len(self.seen) >= 4:
+            return None
+        return np.arange(V) % 2 != (self.seen[-1] % 2 if self.seen else 0)
+
+    def accept(self, token: int) -> None:
+        self.seen.append(token)
+
+
+def test_a_constraint_is_told_every_token_before_the_next_is_drawn() -> None:
+    constraint = Alternating()
+    sampler = Sampler(SamplingOptions(seed=3, min_p=0), [], V, constraint)
+    tokens = [int(sampler(mx.zeros(V), position)) for position in range(9)]
+    assert [token % 2 for token in tokens[:4]] == [1, 0, 1, 0]
+    assert constraint.seen == tokens[:-1]
+    plain = Sampler(SamplingOptions(seed=3, min_p=0), [], V)
+    assert tokens[4:] == [int(plain(mx.zeros(V), position)) for position in range(9)][4:]
+
+
+def test_logprobs_are_those_of_the_softmax() -> None:
+    logits = np.linspace(-2, 1, V).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))
+    expected = np.log(p / p.sum())
+    own, top = logprobs(mx.array(logits), 2, 3)
+    assert own == pytest.approx(expected[2], abs=1e-6)
+    assert [token for token, _ in top] == [11, 10, 9]
+    assert [value for _, value in top] == pytest.approx(list(expected[[11, 10, 9]]), abs=1e-6)

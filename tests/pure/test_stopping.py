@@ -34,3 +34,4 @@ def test_holds_back_only_what_may_become_a_stop() -> None:
     assert finder.push("Nd") == ("ENd", False)
     assert finder.push("EN") == ("", False)
     assert finder.push("D of it") == ("", True)
+    assert finder.found == "END"
