@@ -39,3 +39,7 @@ class OptionsError(InputError):
 
 class PullError(InputError):
     """A model cannot be fetched: the hub, the network, the disk, or what arrived is at fault."""
+
+
+class KernelError(DS4Error):
+    """A Metal kernel cannot be read, compiled or run here."""

@@ -1,22 +1,184 @@
-"""The only place that asks what the machine can do."""
+"""The only place that asks what the machine can do, and the one door to the Metal kernels.
+
+A kernel is `metal/<name>.metal`: two lines that name its inputs and outputs, helper functions with
+`#include`s of `metal/include/`, and after the line `// body` the body of the kernel function, for
+which MLX writes the signature. Launching is lazy like any MLX operation.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+import platform
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ds4py.errors import OptionsError
+from ds4py import assets
+from ds4py.errors import KernelError, OptionsError
 from ds4py.kernels.host import HostOps
-from ds4py.kernels.ops import Dtype, MlxOps, Ops
+from ds4py.kernels.ops import Array, Dtype, MlxOps, Ops
 
+MLX_VERSION = metadata.version("mlx")
 KERNELS = ("auto", "metal", "reference")
+SMALL = 8
+"""MLX hands inputs with fewer elements to a kernel in the `constant` address space."""
+
+Template: TypeAlias = Sequence[tuple[str, "int | bool | Dtype"]]
+Grid: TypeAlias = tuple[int, int, int]
+"""Threads, not threadgroups; the last threadgroup of an axis may be a part of one."""
+Output: TypeAlias = tuple[tuple[int, ...], Dtype]
+"""Shape and type."""
+Make: TypeAlias = Callable[..., Callable[..., list[Array]]]
+"""What `mx.fast.metal_kernel` is: names and text -> a function that launches."""
+
+
+METAL_KERNEL = cast(Make, mx.fast.metal_kernel)  # MLX's own signature is narrower than its use
+
+
+@dataclass(frozen=True)
+class KernelText:
+    """One file of `metal/`, its includes resolved."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    header: str
+    """Everything before the body: helper functions and tables."""
+    body: str
+
+
+def parse_kernel(name: str, text: str, include: Callable[[str], str]) -> KernelText:
+    """A kernel's text from its file's; `include` reads a file of `metal/include/`.
+
+    Raises KernelError saying what is wrong with the file.
+    """
+    found = re.match(r"// inputs:(.*)\n// outputs:(.*)\n", text)
+    head, mark, body = text.partition("\n// body\n")
+    if not found or not mark or not found[2].split():
+        raise KernelError(
+            f"metal/{name}.metal must begin with '// inputs: ...' and '// outputs: ...' and have a "
+            "line '// body' before the kernel's body"
+        )
+    header = _resolve(head[found.end() :] + "\n", include, set())
+    return KernelText(name, tuple(found[1].split()), tuple(found[2].split()), header, body)
+
+
+def _resolve(text: str, include: Callable[[str], str], seen: set[str]) -> str:
+    """Put files in place of the `#include` lines that name them, each file once."""
+
+    def replace(line: re.Match[str]) -> str:
+        if line[1] in seen:
+            return ""
+        seen.add(line[1])
+        return _resolve(include(line[1]), include, seen)
+
+    return re.sub(r'^#include "([^"]+)"\n', replace, text, flags=re.MULTILINE)
+
+
+@cache
+def read_kernel(name: str) -> KernelText:
+    """`metal/<name>.metal`. Raises KernelError."""
+    return parse_kernel(name, _read(f"{name}.metal"), lambda file: _read(f"include/{file}"))
+
+
+def _read(name: str) -> str:
+    path = assets.path("metal", *name.split("/"))
+    try:
+        return path.read_text(encoding="ascii")  # MLX hands it to Metal as ASCII
+    except (OSError, UnicodeDecodeError) as exc:
+        raise KernelError(f"{path} is not readable as ASCII text ({exc})") from exc
+
+
+class Launcher:
+    """Launches kernels by name and counts them."""
+
+    def __init__(
+        self,
+        make: Make = METAL_KERNEL,
+        finish: Callable[[list[Array]], Any] | None = None,
+        read: Callable[[str], KernelText] = read_kernel,
+    ):
+        """make: builds a kernel, once per name. finish: waits for the outputs of the first launch
+        of every variant, so that a text that does not compile is reported by name instead of in
+        the evaluation of a whole step; None: never wait. read: finds a kernel's text."""
+        self._make, self._finish, self._read = make, finish, read
+        self._kernels: dict[str, Callable[..., list[Array]]] = {}
+        self._finished: set[Any] = set()
+        self.counters: Counter[str] = Counter()
+        """Launches by kernel name."""
+
+    def launch(
+        self,
+        name: str,
+        inputs: Sequence[Array],
+        template: Template,
+        grid: Grid,
+        threadgroup: Grid,
+        outputs: Sequence[Output],
+    ) -> list[Array]:
+        """One launch of `metal/<name>.metal`. Raises KernelError.
+
+        Inputs must be row-contiguous: the kernel gets them as they lie, without a copy.
+        """
+        kernel = self._kernels.get(name) or self._build(name)
+        self.counters[name] += 1
+        call = {
+            "inputs": inputs,
+            "template": template,
+            "grid": grid,
+            "threadgroup": threadgroup,
+            "output_shapes": [shape for shape, _ in outputs],
+            "output_dtypes": [dtype for _, dtype in outputs],
+        }
+        if self._finish is None:
+            return kernel(**call)
+        variant = (name, tuple(template), tuple((x.dtype, x.size < SMALL) for x in inputs))
+        if variant in self._finished:
+            return kernel(**call)
+        try:
+            made = kernel(**call)
+            self._finish(made)
+        except (RuntimeError, ValueError) as exc:
+            raise KernelError(
+                f"the Metal kernel {name} does not run with MLX {MLX_VERSION} on macOS "
+                f"{platform.mac_ver()[0] or 'none'}; --kernels reference does without it ({exc})"
+            ) from exc
+        self._finished.add(variant)
+        return made
+
+    def _build(self, name: str) -> Callable[..., list[Array]]:
+        text = self._read(name)
+        kernel = self._make(
+            name=name,
+            input_names=list(text.inputs),
+            output_names=list(text.outputs),
+            header=text.header,
+            source=text.body,
+            ensure_row_contiguous=False,
+        )
+        return self._kernels.setdefault(name, kernel)
 
 
 def metal_available() -> bool:
     """Whether MLX runs on an Apple GPU here."""
     return bool(mx.metal.is_available())
+
+
+def metal_launcher() -> Launcher:
+    """Kernels on this machine's GPU. Raises OptionsError where there is none."""
+    if not metal_available():
+        raise OptionsError(
+            "kernels is 'metal', but MLX sees no Metal device here "
+            f"(MLX {MLX_VERSION} on {platform.system()}); use 'reference', or 'auto', which "
+            "takes Metal where it is"
+        )
+    return Launcher(finish=mx.eval)
 
 
 def choose(kernels: str, dtype: str) -> tuple[Ops, Dtype]:

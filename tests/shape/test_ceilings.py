@@ -23,7 +23,6 @@ EVALUATES = {
     "ds4py/experts/streamed.py": "the ids of the chosen experts decide what is read from disk",
     "ds4py/cache/snapshot.py": "rows leave for the disk",
     "ds4py/weights/load.py": "a tensor is finished before the next is read, which bounds memory",
-    "ds4py/kernels/dense.py": "the CPU reference path hands matrix products to the BLAS",
     "ds4py/quant/": "jobs over whole checkpoints",
     "ds4py/bench/": "measures finished work",
     "ds4py/eval/": "scores finished work",
