@@ -139,7 +139,7 @@ class Ops(Protocol):
         ...
 
     def experts(self, x: Array, ids: Array, weight: Weight | PackedWeight) -> Array:
-        """x [R, in], ids [R] ascending -> [R, out], row r through expert ids[r]."""
+        """x [R, in], ids [R] -> [R, out], row r through map ids[r]; rows of one map adjoin."""
         ...
 
 
@@ -214,9 +214,7 @@ class MlxOps:
 
     def experts(self, x: mx.array, ids: mx.array, weight: Weight | PackedWeight) -> mx.array:
         w = _unpacked(weight) if isinstance(weight, PackedWeight) else weight.arrays[0]
-        y = mx.gather_mm(
-            x.astype(w.dtype)[:, None, :], w.swapaxes(1, 2), rhs_indices=ids, sorted_indices=True
-        )
+        y = mx.gather_mm(x.astype(w.dtype)[:, None, :], w.swapaxes(1, 2), rhs_indices=ids)
         return y[:, 0, :]
 
 

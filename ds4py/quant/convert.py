@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,9 @@ Progress = Callable[[str, int, int], None]
 Importance = dict[str, npt.NDArray[np.float32]]
 """Per expert and projection, e.g. "layers.3.ffn.experts.7.w2.weight": [in], see `imatrix`."""
 
+Finished = dict[str, dict[str, Any]]
+"""Per file its sha256 and, of expert files, the CRC-32 of every record."""
+
 STATE = ".quantize.json"
 """What a killed run finished; removed at the end."""
 CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
@@ -60,6 +64,7 @@ class Converter:
         if self.source.has_draft:
             self.shapes |= names.expected_draft(self.config)
         self.formats = {name: self._format(name) for name in self.shapes}
+        self._crc32: list[int] = []  # of the records of the file being written
         self.done_bytes = 0
         self.total_bytes = sum(entry.n_bytes for entry in self.source.entries.values())
 
@@ -166,7 +171,9 @@ class Converter:
 
         def records() -> Iterator[npt.NDArray[np.uint8]]:
             for expert in range(n):
-                yield self._record(f"{prefix}.{expert}", layout)
+                record = self._record(f"{prefix}.{expert}", layout)
+                self._crc32.append(zlib.crc32(record.data))
+                yield record
 
         return files.NewTensor("experts", "U8", (n, size), n * size, records)
 
@@ -179,14 +186,17 @@ class Converter:
             self._report(self.source.entries[name].n_bytes)
         return record
 
-    def _file(self, finished: dict[str, str], file: str, tensors: list[files.NewTensor]) -> None:
+    def _file(self, finished: Finished, file: str, tensors: list[files.NewTensor]) -> None:
         """Write one file unless a run before this one did."""
         if file in finished and (self.target / file).is_file():
             return
-        finished[file] = files.write(self.target / file, tensors, files.RECORD_ALIGN)
+        self._crc32 = []
+        finished[file] = {"sha256": files.write(self.target / file, tensors, files.RECORD_ALIGN)}
+        if self._crc32:
+            finished[file]["crc32"] = self._crc32
         _write_json(self.target / STATE, {"identity": self._identity(), "files": finished})
 
-    def _finished(self) -> dict[str, str]:
+    def _finished(self) -> Finished:
         """Files of an earlier run with the same source, recipe and importance."""
         try:
             state = json.loads((self.target / STATE).read_text(encoding="utf-8"))
@@ -212,7 +222,7 @@ class Converter:
             digest.update(name.encode() + weights.tobytes())
         return digest.hexdigest()
 
-    def _recipe(self, finished: dict[str, str]) -> dict[str, Any]:
+    def _recipe(self, finished: Finished) -> dict[str, Any]:
         dense = {n: f for n, f in self.formats.items() if not ROUTED.search(n) and f != KEEP}
         experts = {
             str(layer): list(self._layer_formats(prefix)) for layer, prefix in self._expert_layers()
@@ -223,7 +233,7 @@ class Converter:
             "imatrix": bool(self.importance),
             "tensors": dense,
             "experts": experts,
-            "files": {file: {"sha256": digest} for file, digest in finished.items()},
+            "files": finished,
         }
 
     def _expert_layers(self) -> Iterator[tuple[int, str]]:

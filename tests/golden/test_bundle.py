@@ -1,10 +1,12 @@
 """A bundle is made whole or not at all, reads back as what was encoded, and names its faults."""
 
+import hashlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,9 @@ def test_layout(bundle: Path) -> None:
             records = file.get_tensor("experts")
         assert records.dtype == np.uint8 and records.shape[1] % RECORD_ALIGN == 0
         assert len(data) == start + records.nbytes
+        stored = json.loads((bundle / "recipe.json").read_text())["files"][path.name]
+        assert stored["crc32"] == [zlib.crc32(record) for record in records]
+        assert stored["sha256"] == hashlib.sha256(data).hexdigest()
     assert sorted(p.name for p in bundle.iterdir()) == [
         "config.json",
         "dense.safetensors",
