@@ -43,7 +43,7 @@ class Attention:
     trained_rounding: bool
 
     def __call__(self, x: Array, plan: StepPlan) -> tuple[Array, LayerDelta]:
-        """x [S, D], normed -> y [S, D] and what the layer adds to the state."""
+        """x [S, D], normed -> wo_b's input [S, G*o_lora] and what the layer adds to the state."""
         c, ops, eps = self.config, self.ops, self.config.rms_norm_eps
         turn = plan.compressed if self.layer.compressed else plan.sliding
         latent, row, *compressor_inputs = ops.project(x, self.w_in)
@@ -61,8 +61,7 @@ class Attention:
             blocks += self._compressed_block(compressor_inputs, index_query, delta, plan, x.dtype)
         o = attend.attend(ops, q, blocks, self.sink)
         o = rotate(ops, o, turn, inverse=True).reshape(x.shape[0], c.o_groups, -1)
-        o = ops.grouped(o, self.wo_a).reshape(x.shape[0], -1)
-        return ops.project(o, self.wo_b)[0], delta
+        return ops.grouped(o, self.wo_a).reshape(x.shape[0], -1), delta
 
     def _window_block(self, row: Array, plan: StepPlan) -> tuple[Array, Array]:
         """Each query's own W rows as an overlapping view: [S, 1, W, head_dim], valid [S, 1, W]."""

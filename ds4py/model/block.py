@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds4py.cache.state import LayerDelta
-from ds4py.config import ModelConfig
-from ds4py.kernels import hyper
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.norm import rms_norm
-from ds4py.kernels.ops import Array, Ops
+from ds4py.kernels.ops import Array
 from ds4py.model.attention import Attention
+from ds4py.model.fused import Fused, Streams
 from ds4py.model.moe import MoE
 from ds4py.model.plan import StepPlan
 
@@ -19,8 +17,7 @@ from ds4py.model.plan import StepPlan
 class Block:
     """`layers.N` of the checkpoint (or the block inside `mtp.N`)."""
 
-    config: ModelConfig
-    ops: Ops
+    fused: Fused
     hc_attn: HyperWeights
     attn_norm: Array
     attn: Attention
@@ -28,12 +25,12 @@ class Block:
     ffn_norm: Array
     ffn: MoE
 
-    def __call__(self, streams: Array, tokens: Array, plan: StepPlan) -> tuple[Array, LayerDelta]:
-        """streams [S, H, D], tokens [S] -> streams [S, H, D] and the layer's delta."""
-        ops, eps, iters = self.ops, self.config.rms_norm_eps, self.config.hc_sinkhorn_iters
-        x, post, comb = hyper.mix(ops, streams, self.hc_attn, iters)
-        y, delta = self.attn(rms_norm(ops, x, self.attn_norm, eps), plan)
-        streams = hyper.expand(ops, y, streams, post, comb)
-        x, post, comb = hyper.mix(ops, streams, self.hc_ffn, iters)
-        y = self.ffn(rms_norm(ops, x, self.ffn_norm, eps), tokens)
-        return hyper.expand(ops, y, streams, post, comb), delta
+    def __call__(
+        self, streams: Streams, tokens: Array, plan: StepPlan, reader: HyperWeights
+    ) -> tuple[Streams, LayerDelta]:
+        """tokens [S] -> the streams after the layer, for `reader`, and the layer's delta."""
+        x, residual = self.fused.enter(streams, self.hc_attn, self.attn_norm)
+        y, delta = self.attn(x, plan)
+        streams = self.fused.leave(y, self.attn.wo_b, residual, self.hc_ffn)
+        x, residual = self.fused.enter(streams, self.hc_ffn, self.ffn_norm)
+        return self.ffn(x, tokens, residual, reader), delta

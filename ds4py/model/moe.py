@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from ds4py.config import ModelConfig
-from ds4py.kernels import moe, route
+from ds4py.kernels import moe
+from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, Ops, PackedWeight, Weight
+from ds4py.model.fused import Fused, Residual, Streams
 
 ExpertWeight = Weight | PackedWeight
 
@@ -41,9 +42,8 @@ class ResidentExperts:
 class MoE:
     """Router, routed experts and the shared expert of one layer."""
 
-    config: ModelConfig
-    layer: int
-    ops: Ops
+    index: int
+    fused: Fused
     w_in: Weight
     """gate | shared w1 | shared w3"""
     shared_w2: Weight
@@ -53,18 +53,9 @@ class MoE:
     """[vocab, k] int32, hash-routed layers."""
     experts: ExpertSource
 
-    def __call__(self, x: Array, tokens: Array) -> Array:
-        """x [S, D], normed; tokens [S], the ids at these positions -> [S, D]."""
-        c, ops = self.config, self.ops
-        logits, gate, up = ops.project(x, self.w_in)
-        score = route.scores(ops, logits)  # [S, E] float32
-        if self.tid2eid is not None:
-            ids = self.tid2eid[tokens]  # [S, k]
-        else:
-            assert self.bias is not None
-            ids = route.choose(ops, score, self.bias, c.num_experts_per_tok)
-        weight = route.weights(ops, score, ids, c.routed_scaling_factor)
-        y = self.experts.routed(self.layer, x, ids, weight)
-        h = moe.swiglu(ops, gate, up, c.swiglu_limit).astype(x.dtype)
-        shared = ops.project(h, self.shared_w2)[0]
-        return (y + shared.astype(ops.wide)).astype(x.dtype)
+    def __call__(
+        self, x: Array, tokens: Array, residual: Residual, reader: HyperWeights
+    ) -> Streams:
+        """x [S, D], normed; tokens [S], the ids at these positions."""
+        routing = self.fused.route(x, self, tokens)
+        return self.fused.experts(x, self, routing, residual, reader)

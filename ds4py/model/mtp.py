@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from ds4py.cache.state import Delta, SequenceState
 from ds4py.config import LayerPlan, ModelConfig
-from ds4py.kernels.hyper import HyperWeights, collapse_head
-from ds4py.kernels.norm import rms_norm
+from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, Dtype, Ops, Weight
 from ds4py.model.block import Block
+from ds4py.model.fused import Fused
 from ds4py.model.plan import Frequencies, StepPlan
 
 
@@ -25,7 +25,7 @@ class DraftLayer:
 
     config: ModelConfig
     layer: LayerPlan
-    ops: Ops
+    fused: Fused
     dtype: Dtype
     freqs: Frequencies
     embed: Array
@@ -38,6 +38,10 @@ class DraftLayer:
     norm: Array
     head: Weight
 
+    @property
+    def ops(self) -> Ops:
+        return self.fused.ops
+
     def new_state(self) -> SequenceState:
         """The empty draft sequence; its position p holds the pair (X_p, token p+1)."""
         return SequenceState(self.ops, self.config, (self.layer,), self.dtype)
@@ -47,12 +51,10 @@ class DraftLayer:
     ) -> tuple[mx.array, Delta]:
         """streams [S, H, D] of positions p.., next_tokens [S] at p+1.. -> float32 logits for
         p+2.. [S, V] and the delta, whose streams feed a further draft step."""
-        eps = self.config.rms_norm_eps
-        plan = StepPlan(self.ops, self.config, self.freqs, state, next_tokens.shape[0])
-        ops, tokens = self.ops, self.ops.array(next_tokens)
-        e = ops.project(rms_norm(ops, self.embed[tokens], self.enorm, eps), self.e_proj)[0]
-        h = ops.project(rms_norm(ops, streams, self.hnorm, eps), self.h_proj)[0]
-        z, delta = self.block(e[:, None] + h, tokens, plan)
-        x = rms_norm(ops, collapse_head(ops, z, self.hc_head), self.norm, eps)
-        logits = ops.to_mlx(ops.project(x, self.head)[0])
-        return logits, Delta(next_tokens.shape[0], [delta], z)
+        n_tokens = next_tokens.shape[0]
+        plan = StepPlan(self.ops, self.config, self.freqs, state, n_tokens)
+        tokens = self.ops.array(next_tokens)
+        z = self.fused.draft(self, streams, tokens)
+        z, delta = self.block(z, tokens, plan, self.hc_head)
+        logits = self.fused.head(z, self.hc_head, self.norm, self.head)
+        return logits, Delta(n_tokens, [delta], z.values)

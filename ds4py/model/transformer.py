@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from ds4py.cache.state import Delta, LayerDelta, SequenceState
 from ds4py.config import ModelConfig
-from ds4py.kernels.hyper import HyperWeights, collapse_head
-from ds4py.kernels.norm import rms_norm
+from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, Dtype, Ops, Weight
 from ds4py.model.block import Block
+from ds4py.model.fused import Fused, Streams
 from ds4py.model.plan import Frequencies, StepPlan
 
 
@@ -24,7 +24,7 @@ class Transformer:
     """DeepSeek V4. Stateless: the sequence is an argument of every step."""
 
     config: ModelConfig
-    ops: Ops
+    fused: Fused
     dtype: Dtype
     freqs: Frequencies
     embed: Array
@@ -33,6 +33,10 @@ class Transformer:
     hc_head: HyperWeights
     norm: Array
     head: Weight
+
+    @property
+    def ops(self) -> Ops:
+        return self.fused.ops
 
     def new_state(self) -> SequenceState:
         """The empty sequence."""
@@ -43,25 +47,20 @@ class Transformer:
     ) -> tuple[mx.array, Delta]:
         """tokens [S] after `state` -> float32 logits of the last `n_logits` positions (all by
         default) [n, V], and the delta. The state is not changed."""
-        plan = StepPlan(self.ops, self.config, self.freqs, state, tokens.shape[0])
+        n_tokens = tokens.shape[0]
+        plan = StepPlan(self.ops, self.config, self.freqs, state, n_tokens)
         tokens = self.ops.array(tokens)
-        x = self.embed[tokens]  # [S, D]
-        shape = (x.shape[0], self.config.hc_mult, x.shape[1])
-        streams = self.ops.broadcast_to(x[:, None], shape)
+        readers = [*(block.hc_attn for block in self.blocks), self.hc_head]
+        streams = self.fused.embed(self.embed, tokens, self.config.hc_mult, readers[0])
         deltas: list[LayerDelta] = []
-        for block in self.blocks:
-            streams, delta = block(streams, tokens, plan)
+        for block, reader in zip(self.blocks, readers[1:], strict=True):
+            streams, delta = block(streams, tokens, plan, reader)
             deltas.append(delta)
-        n_logits = tokens.shape[0] if n_logits is None else n_logits
-        n_logits = tokens.shape[0] if n_logits is None else n_logits
-        if n_logits == 0:
-            logits = mx.zeros((0, self.config.vocab_size))
-        else:
-            logits = self.logits(streams[tokens.shape[0] - n_logits :])
-        return logits, Delta(tokens.shape[0], deltas, streams)
+        logits = self._logits(streams, n_tokens if n_logits is None else n_logits)
+        return logits, Delta(n_tokens, deltas, streams.values)
 
-    def logits(self, streams: Array) -> mx.array:
-        """streams [n, H, D] -> float32 [n, V]."""
-        x = collapse_head(self.ops, streams, self.hc_head)
-        x = rms_norm(self.ops, x, self.norm, self.config.rms_norm_eps)
-        return self.ops.to_mlx(self.ops.project(x, self.head)[0])
+    def _logits(self, streams: Streams, n: int) -> mx.array:
+        """Float32 logits of the last n positions, [n, V]."""
+        if n == 0:
+            return mx.zeros((0, self.config.vocab_size))
+        return self.fused.head(streams.last(n), self.hc_head, self.norm, self.head)

@@ -22,6 +22,7 @@ from ds4py.model.indexer import Indexer
 from ds4py.model.moe import ExpertWeight, MoE, ResidentExperts
 from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
+from ds4py.model.reference import Reference
 from ds4py.model.transformer import Transformer
 from ds4py.weights.bundle import Bundle, PackedLayer
 from ds4py.weights.gguf import GGUFCheckpoint
@@ -40,6 +41,7 @@ class Loader:
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.checkpoint.config
         self.freqs = Frequencies(self.config)
+        self.fused = Reference(self.ops, self.config)
         self.experts = ResidentExperts(self.ops, self.config.swiglu_limit)
         if self.trained_rounding:
             _check_rounding(self.config)
@@ -55,7 +57,7 @@ class Loader:
         )
         return Transformer(
             config=c,
-            ops=self.ops,
+            fused=self.fused,
             dtype=self.dtype,
             freqs=self.freqs,
             embed=embed,
@@ -71,7 +73,7 @@ class Loader:
         return DraftLayer(
             config=self.config,
             layer=plan,
-            ops=self.ops,
+            fused=self.fused,
             dtype=self.dtype,
             freqs=self.freqs,
             embed=model.embed,
@@ -107,8 +109,7 @@ class Loader:
 
     def _block(self, prefix: str, plan: LayerPlan, slot: int, series: tuple[Series, ...]) -> Block:
         return Block(
-            config=self.config,
-            ops=self.ops,
+            fused=self.fused,
             hc_attn=self._hyper(f"{prefix}.hc_attn"),
             attn_norm=self._vector(f"{prefix}.attn_norm.weight"),
             attn=self._attention(f"{prefix}.attn", plan, slot, series),
@@ -179,7 +180,7 @@ class Loader:
         )
 
     def _feed_forward(self, prefix: str, plan: LayerPlan) -> MoE:
-        c, read = self.config, self.checkpoint
+        read = self.checkpoint
         shared = f"{prefix}.shared_experts"
         w_in = self.ops.pack(
             [
@@ -191,9 +192,8 @@ class Loader:
         self.experts.weights[plan.index] = self._experts(plan.index, f"{prefix}.experts")
         hashed, gate = plan.hash_routed, f"{prefix}.gate"
         return MoE(
-            config=c,
-            layer=plan.index,
-            ops=self.ops,
+            index=plan.index,
+            fused=self.fused,
             w_in=w_in,
             shared_w2=self._linear(f"{shared}.w2"),
             bias=None if hashed else self._vector(f"{gate}.bias"),
