@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ds4py.formats.gguf_blocks import decode
+from ds4py.formats.gguf_blocks import decode_columns
 from ds4py.kernels.ops import F32, Dtype, ExpertBuilder, PackedWeight, Weight
 
 K_BLOCK = 256
@@ -52,6 +52,7 @@ class HostOps:
     def __init__(self, wide: Dtype = np.float32) -> None:
         self.wide: Dtype = wide
         self._hadamard: dict[int, Host] = {}
+        self._scratch: dict[tuple[int, ...], Host] = {}
 
     def array(self, x: Host | mx.array) -> Host:
         """Host arrays in this set's type; a token id sampled on the device is fetched."""
@@ -133,11 +134,19 @@ class HostOps:
         if isinstance(weight, Weight):
             return weight.arrays[0][expert], weight.widths[0]
         record = weight.records[expert : expert + 1]
-        maps = [decode(part[1], weight.rows(record, part)) for part in weight.parts]
-        width = sum(m.shape[0] for m in maps)
-        w = np.zeros((weight.n_in, _padded(width)), self.wide)
-        w[:, :width] = np.concatenate(maps).T
+        rows = [weight.rows(record, part) for part in weight.parts]
+        width = sum(map(len, rows))
+        w, column = self._scratch_of(weight.n_in, _padded(width)), 0
+        for (_, name), blocks in zip(weight.parts, rows, strict=True):
+            decode_columns(name, blocks, w[:, column : column + len(blocks)])
+            column += len(blocks)
         return w, width
+
+    def _scratch_of(self, *shape: int) -> Host:
+        """Room for one decoded expert, taken again for the next; zeros where nothing is written."""
+        if shape not in self._scratch:
+            self._scratch[shape] = np.zeros(shape, self.wide)
+        return self._scratch[shape]
 
 
 class _HostExperts:

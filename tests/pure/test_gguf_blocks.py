@@ -15,6 +15,7 @@ from ds4py.formats.gguf_blocks import (
     BY_GGUF_TYPE,
     FORMATS,
     decode,
+    decode_columns,
     decode_mlx,
     fp4_from_mxfp4,
     mxfp4_from_fp4,
@@ -85,6 +86,19 @@ def test_many_blocks(name: str) -> None:
     """More than are decoded at a time, and no multiple of it."""
     data = random_rows(name, 3, rows=7, blocks=80_000 // FORMATS[name].block_values)
     assert_same_bits(decode(name, data), oracle(name, data))
+
+
+@NAMES
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_columns_are_the_rows_turned(name: str, kind: type[np.generic]) -> None:
+    """Into part of a larger array, of several blocks and more rows than go at a time."""
+    fmt = FORMATS[name]
+    data = random_rows(name, 4, rows=70_000 // fmt.block_values, blocks=2)
+    values = decode(name, data)
+    out = np.full((values.shape[1], len(data) + 2), 7, kind)
+    decode_columns(name, data, out[:, 1:-1])
+    assert_same_bits(out[:, 1:-1].astype(np.float32).T, values)
+    assert (out[:, [0, -1]] == 7).all()
 
 
 def test_every_point_sign_and_scale_of_iq2_xxs() -> None:
