@@ -21,7 +21,7 @@ from ds4py.cache.state import Frontier, SequenceState
 from ds4py.errors import InputError
 from ds4py.kernels.ops import Array, Ops
 
-VERSION = 1
+VERSION = 2
 
 
 def save(
@@ -81,7 +81,7 @@ def _fill(
         values[s.name] = _array(ops, arrays[f"values.{s.name}"], empty.values[s.name])
         data = state.rows[s.name].data
         rows[s.name] = _array(
-            ops, arrays[f"rows.{s.name}"], data, (data.shape[0], s.count(position), s.width)
+            ops, arrays[f"rows.{s.name}"], data, (data.shape[0], s.count(position), data.shape[2])
         )
     window = _array(ops, arrays["window"], empty.window)
     logits = mx.array(arrays["logits"]) if "logits" in arrays else None

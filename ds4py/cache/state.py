@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ds4py.cache.rows import RowStore
+from ds4py.cache.rows import RowFormats, RowStore
 from ds4py.config import LayerPlan, ModelConfig
-from ds4py.kernels.ops import Array, Dtype, Ops
+from ds4py.kernels.ops import Array, Ops
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Series:
     ratio: int
     overlap: int
     width: int
+    """Channels of a row."""
+    indexed: bool
+    """Rows of the indexer; else attention rows."""
     layers: tuple[int, ...]
     """Slots in the schedule, in order; row i of a stacked array belongs to layers[i]."""
 
@@ -45,10 +48,10 @@ def series_of(config: ModelConfig, plans: Sequence[LayerPlan]) -> tuple[Series, 
     for ratio in sorted({plan.ratio for plan in plans if plan.compressed}):
         members = [(i, plan) for i, plan in enumerate(plans) if plan.ratio == ratio]
         layers, plan = tuple(i for i, _ in members), members[0][1]
-        found.append(Series(f"attn{ratio}", ratio, plan.overlap, config.head_dim, layers))
+        found.append(Series(f"attn{ratio}", ratio, plan.overlap, config.head_dim, False, layers))
         if plan.indexed:
             found.append(
-                Series(f"index{ratio}", ratio, plan.overlap, config.index_head_dim, layers)
+                Series(f"index{ratio}", ratio, plan.overlap, config.index_head_dim, True, layers)
             )
     return tuple(found)
 
@@ -58,11 +61,11 @@ class LayerDelta:
     """What one layer adds for S new tokens."""
 
     window: Array
-    """[S, head_dim], rotated and rounded."""
+    """[S, width], rotated and packed."""
     values: dict[str, Array] = field(default_factory=dict)
     """Per series: values and scores of the new tokens, [S, 2*c*d] float32 (scores include APE)."""
     rows: dict[str, Array] = field(default_factory=dict)
-    """Per series: rows completed by the new tokens, [n, d]; absent when n is 0."""
+    """Per series: rows completed by the new tokens, packed, [n, width]; absent when n is 0."""
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Frontier:
     position: int
     """Tokens taken so far."""
     window: Array
-    """The last W-1 rows of every layer, oldest first, [L, W-1, head_dim]."""
+    """The last W-1 rows of every layer as stored, oldest first, [L, W-1, width]."""
     values: dict[str, Array]
     """Per series: the last c*r - 1 tokens' values and scores, [layers, c*r - 1, 2*c*d] float32.
     Before the sequence: value 0, score -inf."""
@@ -91,14 +94,21 @@ class Frontier:
 class SequenceState:
     """The mutable state of one sequence. Not shared between threads."""
 
-    def __init__(self, ops: Ops, config: ModelConfig, plans: Sequence[LayerPlan], dtype: Dtype):
-        self.ops = ops
+    def __init__(self, config: ModelConfig, plans: Sequence[LayerPlan], formats: RowFormats):
+        self.ops = ops = formats.attention.ops
         self.series = series_of(config, plans)
-        self.rows = {s.name: RowStore(ops, len(s.layers), s.width, dtype) for s in self.series}
+        self.formats = {
+            s.name: formats.index if s.indexed else formats.attention for s in self.series
+        }
+        self.rows = {
+            s.name: RowStore(ops, len(s.layers), f.width, f.stored_dtype)
+            for s, f in zip(self.series, self.formats.values(), strict=True)
+        }
         self.slot = {(s.name, layer): i for s in self.series for i, layer in enumerate(s.layers)}
-        self._window_shape = (len(plans), config.sliding_window - 1, config.head_dim)
-        self._dtype = dtype
+        self._window_format = formats.attention
+        self._window_shape = (len(plans), config.sliding_window - 1, formats.attention.width)
         self.frontier = self._empty()
+        self._read: tuple[Frontier, Array] | None = None
 
     def _empty(self) -> Frontier:
         ops, values = self.ops, {}
@@ -106,22 +116,30 @@ class SequenceState:
             half = (len(s.layers), s.history, s.overlap * s.width)
             zero = ops.zeros(half, ops.wide)
             values[s.name] = ops.concatenate([zero, zero - float("inf")], axis=-1)
-        return Frontier(0, ops.zeros(self._window_shape, self._dtype), values)
+        window = ops.zeros(self._window_shape, self._window_format.stored_dtype)
+        return Frontier(0, window, values)
 
     @property
     def position(self) -> int:
         return self.frontier.position
 
     def window(self, layer: int) -> Array:
-        """The last W-1 rows, [W-1, head_dim]."""
-        return self.frontier.window[layer]
+        """The last W-1 rows as the model reads them, [W-1, head_dim].
+
+        All layers are unpacked at once and kept until the next commit: one bounded copy per state,
+        a quarter of the launches of a step that would unpack layer by layer.
+        """
+        if self._read is None or self._read[0] is not self.frontier:
+            self._read = self.frontier, self._window_format.unpack(self.frontier.window)
+        return self._read[1][layer]
 
     def values(self, name: str, layer: int) -> Array:
         """One compressor's history, [c*r - 1, 2*c*d]."""
         return self.frontier.values[name][self.slot[name, layer]]
 
     def committed_rows(self, name: str, layer: int) -> Array:
-        """One compressor's rows, [capacity, d]; only the first `count(position)` mean anything."""
+        """One compressor's rows as stored, [capacity, width]; only the first `count(position)` mean
+        anything."""
         return self.rows[name].data[self.slot[name, layer]]
 
     def commit(self, delta: Delta, n_tokens: int) -> None:

@@ -87,7 +87,9 @@ class Engine:
             memory.check_budget(self.config, options.memory, self.context, itemsize)
         self.tokenizer: Tokenizer | None = files.tokenizer()
         source = files.source(progress)
-        self._loader = Loader(source, ops, dtype, options.trained_rounding)
+        rounded = options.trained_rounding
+        native = rounded and options.dtype != "float32"  # cache/rows.py says why
+        self._loader = Loader(source, ops, dtype, rounded, native)
         self.model = self._loader.transformer()
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0}
 

@@ -33,6 +33,10 @@ class HostOps:
     name = "host"
     lazy = False
     int32: Dtype = np.int32
+    uint8: Dtype = np.uint8
+    uint16: Dtype = np.uint16
+    uint32: Dtype = np.uint32
+    float32: Dtype = np.float32
 
     zeros = staticmethod(np.zeros)
     arange = staticmethod(np.arange)

@@ -74,6 +74,10 @@ class Ops(Protocol):
     wide: Dtype
     """Type of sums, norms and mixes: float32, or float64 in exact host arithmetic."""
     int32: Dtype
+    uint8: Dtype
+    uint16: Dtype
+    uint32: Dtype
+    float32: Dtype
 
     def array(self, x: npt.NDArray[Any]) -> Array:
         """Floats in the wide type, integers as they are."""
@@ -150,6 +154,10 @@ class MlxOps:
     lazy = True
     wide: Dtype = mx.float32
     int32: Dtype = mx.int32
+    uint8: Dtype = mx.uint8
+    uint16: Dtype = mx.uint16
+    uint32: Dtype = mx.uint32
+    float32: Dtype = mx.float32
 
     def __init__(self, gather_dtype: Dtype | None = None):
         """gather_dtype: what expert weights are stored in where MLX gathers no other type."""

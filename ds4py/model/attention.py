@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds4py.cache.rows import RowFormat
 from ds4py.cache.state import LayerDelta
 from ds4py.config import LayerPlan, ModelConfig
-from ds4py.kernels import attend, rounding
+from ds4py.kernels import attend
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, Ops, Weight
 from ds4py.kernels.rope import rotate
@@ -40,7 +41,7 @@ class Attention:
     sink: Array
     compressor: Compressor | None
     indexer: Indexer | None
-    trained_rounding: bool
+    rows: RowFormat
 
     def __call__(self, x: Array, plan: StepPlan) -> tuple[Array, LayerDelta]:
         """x [S, D], normed -> wo_b's input [S, G*o_lora] and what the layer adds to the state."""
@@ -52,10 +53,8 @@ class Attention:
         q = query.reshape(-1, c.num_attention_heads, c.head_dim)
         q = rotate(ops, rms_norm(ops, q, None, eps), turn)  # [S, heads, head_dim]
         row = rotate(ops, rms_norm(ops, row, self.kv_norm, eps), turn)  # [S, head_dim]
-        if self.trained_rounding:
-            row = rounding.fp8_round(ops, row, c.nope_head_dim)
-        delta = LayerDelta(window=row)
-        blocks = [self._window_block(row, plan)]
+        delta = LayerDelta(window=self.rows.pack(row))
+        blocks = [self._window_block(self.rows.unpack(delta.window), plan)]
         if self.compressor is not None:
             self._compress(self.compressor, compressor_inputs[0], delta, plan, x.dtype)
             blocks += self._compressed_block(compressor_inputs, index_query, delta, plan, x.dtype)
@@ -103,12 +102,22 @@ class Attention:
             return []
         committed = plan.state.committed_rows(name, self.slot)
         if self.indexer is None:
-            return [_all_rows(self.ops, committed, new, closing.n_old, closing.visible)]
+            rows, valid = _all_rows(self.ops, committed, new, closing.n_old, closing.visible)
+            return [(self.rows.unpack(rows), valid)]
         new_index_rows = delta.rows.get(self.indexer.compressor.series.name)
         ids, valid = self.indexer.select(index_query[0], inputs[2], new_index_rows, plan)
-        rows = _gather(self.ops, committed, new, closing.n_old, ids)  # [S, k, head_dim]
+        rows = self._gather(committed, new, closing.n_old, ids)  # [S, k, head_dim]
         shape = (rows.shape[0], -1, self.indexer.tile)
         return [(rows.reshape(*shape, rows.shape[2]), valid.reshape(*shape))]
+
+    def _gather(self, committed: Array, new: Array | None, n_old: int, ids: Array) -> Array:
+        """Rows by number from the committed ones and the step's own: ids [S, k] -> [S, k, hd]."""
+        stored = committed[:n_old]
+        if new is not None:
+            stored = self.ops.concatenate([stored, new])
+        if ids.shape[0] * ids.shape[1] < stored.shape[0]:
+            return self.rows.unpack(stored[ids])
+        return self.rows.unpack(stored)[ids]  # many queries share rows: unpack each of them once
 
 
 def _all_rows(
@@ -125,13 +134,3 @@ def _all_rows(
     rows = committed[: n_tiles * attend.ROW_TILE].reshape(1, n_tiles, attend.ROW_TILE, -1)
     valid = ops.arange(n_tiles * attend.ROW_TILE)[None] < visible
     return rows, valid.reshape(-1, n_tiles, attend.ROW_TILE)
-
-
-def _gather(ops: Ops, committed: Array, new: Array | None, n_old: int, ids: Array) -> Array:
-    """Rows by number from the committed ones and the step's own: ids [S, k] -> [S, k, hd]."""
-    if new is None:
-        return committed[ids]
-    fresh = new[ops.maximum(ids - n_old, 0)]
-    if n_old == 0:
-        return fresh
-    return ops.where((ids < n_old)[..., None], committed[ops.minimum(ids, n_old - 1)], fresh)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds4py.cache.rows import RowFormat
 from ds4py.cache.state import Series
-from ds4py.kernels import compress, rounding
+from ds4py.kernels import compress
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, Ops
 from ds4py.kernels.rope import rotate
@@ -23,10 +24,7 @@ class Compressor:
     norm: Array
     """[d] float32."""
     eps: float
-    rounding: str | None
-    """None, "fp8" (attention rows) or "fp4" (index rows)."""
-    n_rounded: int
-    """Channels before the rotated tail, for FP8."""
+    format: RowFormat
 
     def values(self, projected: Array, plan: StepPlan) -> Array:
         """Raw [value | score] [S, 2*c*d] float32 -> the same with APE on the scores."""
@@ -34,7 +32,7 @@ class Compressor:
         return projected + self.ape[phase]
 
     def rows(self, values: Array, history: Array, plan: StepPlan, dtype: Dtype) -> Array | None:
-        """The rows the new tokens complete, [n, d], or None.
+        """The rows the new tokens complete, packed, [n, width], or None.
 
         values [S, 2*c*d], history [c*r - 1, 2*c*d]: the tokens just before.
         """
@@ -49,7 +47,4 @@ class Compressor:
         row = compress.pool(ops, needed[:, :half], needed[:, half:], s.ratio, s.overlap)
         row = rms_norm(ops, row.astype(dtype), self.norm, self.eps)
         assert closing.rotation is not None
-        row = rotate(ops, row, closing.rotation)
-        if self.rounding == "fp8":
-            return rounding.fp8_round(ops, row, self.n_rounded)
-        return rounding.fp4_round(ops, row) if self.rounding == "fp4" else row
+        return self.format.pack(rotate(ops, row, closing.rotation))

@@ -42,7 +42,7 @@ class Indexer:
             return index.first(self.ops, closing.visible, n_tiles * self.tile)
         width = self.compressor.series.width
         q = rotate(self.ops, query.reshape(-1, self.n_heads, width), plan.indexer)
-        if self.compressor.rounding is not None:  # else Hadamard cancels between query and row
+        if self.compressor.format.rounded:  # else Hadamard cancels between query and row
             q = rounding.fp4_round(self.ops, q)
         weights = weights.astype(self.ops.wide) * (width * self.n_heads) ** -0.5
         score = self._scores(q, weights, new_rows, plan)
@@ -51,12 +51,12 @@ class Indexer:
     def _scores(self, q: Array, weights: Array, new_rows: Array | None, plan: StepPlan) -> Array:
         """[S, n_old + n_new]: committed rows where they lie, new rows in tiles of their own."""
         name = self.compressor.series.name
-        closing, parts = plan.closing[name], []
+        closing, unpack, parts = plan.closing[name], self.compressor.format.unpack, []
         if closing.n_old:
             n_tiles = -(-closing.n_old // index.TILE)
             rows = plan.state.committed_rows(name, self.layer)[: n_tiles * index.TILE]
-            parts.append(index.scores(self.ops, q, weights, rows)[:, : closing.n_old])
+            parts.append(index.scores(self.ops, q, weights, unpack(rows))[:, : closing.n_old])
         if new_rows is not None:
             rows = self.ops.append_zeros(new_rows, -closing.n_new % index.TILE)
-            parts.append(index.scores(self.ops, q, weights, rows)[:, : closing.n_new])
+            parts.append(index.scores(self.ops, q, weights, unpack(rows))[:, : closing.n_new])
         return parts[0] if len(parts) == 1 else self.ops.concatenate(parts, axis=1)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ds4py.cache.rows import RowFormats
 from ds4py.cache.state import Delta, SequenceState
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.ops import Array, Dtype, Ops, Weight
+from ds4py.kernels.ops import Array, Ops, Weight
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused
 from ds4py.model.plan import Frequencies, StepPlan
@@ -26,7 +27,7 @@ class DraftLayer:
     config: ModelConfig
     layer: LayerPlan
     fused: Fused
-    dtype: Dtype
+    rows: RowFormats
     freqs: Frequencies
     embed: Array
     e_proj: Weight
@@ -44,7 +45,7 @@ class DraftLayer:
 
     def new_state(self) -> SequenceState:
         """The empty draft sequence; its position p holds the pair (X_p, token p+1)."""
-        return SequenceState(self.ops, self.config, (self.layer,), self.dtype)
+        return SequenceState(self.config, (self.layer,), self.rows)
 
     def step(
         self, streams: Array, next_tokens: Array, state: SequenceState

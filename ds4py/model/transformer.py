@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ds4py.cache.rows import RowFormats
 from ds4py.cache.state import Delta, LayerDelta, SequenceState
 from ds4py.config import ModelConfig
 from ds4py.kernels.hyper import HyperWeights
@@ -26,6 +27,7 @@ class Transformer:
     config: ModelConfig
     fused: Fused
     dtype: Dtype
+    rows: RowFormats
     freqs: Frequencies
     embed: Array
     """[V, D]"""
@@ -40,7 +42,7 @@ class Transformer:
 
     def new_state(self) -> SequenceState:
         """The empty sequence."""
-        return SequenceState(self.ops, self.config, self.config.layers, self.dtype)
+        return SequenceState(self.config, self.config.layers, self.rows)
 
     def step(
         self, tokens: Array, state: SequenceState, n_logits: int | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ds4py.cache.rows import RowFormat, row_formats
 from ds4py.cache.state import Series, series_of
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.errors import ConfigError
@@ -37,6 +38,8 @@ class Loader:
     ops: Ops
     dtype: Dtype
     trained_rounding: bool
+    native_rows: bool
+    """Keep rows in the bytes of the trained formats; needs trained_rounding."""
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.checkpoint.config
@@ -45,6 +48,9 @@ class Loader:
         self.experts = ResidentExperts(self.ops, self.config.swiglu_limit)
         if self.trained_rounding:
             _check_rounding(self.config)
+        self.rows = row_formats(
+            self.ops, self.config, self.dtype, self.trained_rounding, self.native_rows
+        )
 
     def transformer(self) -> Transformer:
         """The main model."""
@@ -59,6 +65,7 @@ class Loader:
             config=c,
             fused=self.fused,
             dtype=self.dtype,
+            rows=self.rows,
             freqs=self.freqs,
             embed=embed,
             blocks=blocks,
@@ -74,7 +81,7 @@ class Loader:
             config=self.config,
             layer=plan,
             fused=self.fused,
-            dtype=self.dtype,
+            rows=self.rows,
             freqs=self.freqs,
             embed=model.embed,
             head=model.head,
@@ -128,17 +135,15 @@ class Loader:
         compressor = indexer = None
         if plan.compressed:
             w_in.append((self._values(f"{prefix}.compressor"), self.ops.wide))
-            attn_rounding = "fp8" if self.trained_rounding else None
             compressor = self._compressor(
-                f"{prefix}.compressor", of[f"attn{plan.ratio}"], attn_rounding
+                f"{prefix}.compressor", of[f"attn{plan.ratio}"], self.rows.attention
             )
         if plan.indexed:
             name = f"{prefix}.indexer"
             w_in.append((self._values(f"{name}.compressor"), self.ops.wide))
             w_in.append((read.matrix(f"{name}.weights_proj"), self.dtype))
             w_q.append((read.matrix(f"{name}.wq_b"), self.dtype))
-            index_rounding = "fp4" if self.trained_rounding else None
-            rows = self._compressor(f"{name}.compressor", of[f"index{plan.ratio}"], index_rounding)
+            rows = self._compressor(f"{name}.compressor", of[f"index{plan.ratio}"], self.rows.index)
             indexer = Indexer(self.ops, rows, c.index_n_heads, c.index_topk, slot)
         wo_a = read.matrix(f"{prefix}.wo_a").reshape(c.o_groups, c.o_lora_rank, -1)
         return Attention(
@@ -155,7 +160,7 @@ class Loader:
             sink=self._vector(f"{prefix}.attn_sink"),
             compressor=compressor,
             indexer=indexer,
-            trained_rounding=self.trained_rounding,
+            rows=self.rows.attention,
         )
 
     def _values(self, prefix: str) -> F32:
@@ -168,15 +173,14 @@ class Loader:
         ape = self.checkpoint.floats(f"{prefix}.ape")
         return np.concatenate([np.zeros_like(ape), ape], axis=1)
 
-    def _compressor(self, prefix: str, series: Series, rounding: str | None) -> Compressor:
+    def _compressor(self, prefix: str, series: Series, rows: RowFormat) -> Compressor:
         return Compressor(
             ops=self.ops,
             series=series,
             ape=self.ops.array(self._ape(prefix)),
             norm=self._vector(f"{prefix}.norm.weight"),
             eps=self.config.rms_norm_eps,
-            rounding=rounding,
-            n_rounded=self.config.nope_head_dim,
+            format=rows,
         )
 
     def _feed_forward(self, prefix: str, plan: LayerPlan) -> MoE:

@@ -114,7 +114,7 @@ def test_loading_holds_the_model_and_little_more(tmp_path: Path) -> None:
     read = Checkpoint(folder, engine.config)
     largest = max(entry.n_bytes for entry in read.entries.values())
     tracemalloc.start()
-    kept = Loader(read, engine.model.ops, engine.model.dtype, True).transformer()
+    kept = Loader(read, engine.model.ops, engine.model.dtype, True, True).transformer()
     after, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept.config is engine.config
