@@ -76,6 +76,24 @@ def decode_fp4(packed: U8, scale: F32) -> F32:
     return values.reshape(rows, 2 * half)
 
 
+def e8m0(scale: npt.NDArray[np.generic]) -> U8 | None:
+    """Scales as E8M0 bytes: as they are, or float32 powers of two; None when some are neither."""
+    if scale.dtype == np.uint8:
+        return scale.astype(np.uint8, copy=False)
+    bits = np.ascontiguousarray(scale, np.float32).view(np.uint32)
+    exponents = bits >> 23  # a set sign is beyond a byte
+    exact = (bits & 0x7FFFFF == 0) & (exponents > 0) & (exponents < 255)
+    return exponents.astype(np.uint8) if exact.all() else None
+
+
+def fp8_rows(codes: U8, scale: U8) -> U8:
+    """E4M3 [rows, cols] with its E8M0 scales -> [rows, cols + ceil(cols/128)].
+
+    A row's own scales follow its codes, so that one row can be read by itself.
+    """
+    return np.concatenate([codes, np.repeat(scale, FP8_BLOCK, axis=0)[: len(codes)]], axis=1)
+
+
 def scale_shape(dtype: str, shape: tuple[int, int]) -> tuple[int, int]:
     """Shape of the scale tensor for a weight of logical `shape` stored as F8_E4M3 or I8 (FP4)."""
     rows, cols = shape

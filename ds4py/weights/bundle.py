@@ -22,6 +22,7 @@ from ds4py.formats.gguf_blocks import FORMATS, block_format, decode
 from ds4py.formats.safetensors import TensorEntry, read_header
 from ds4py.weights import names
 from ds4py.weights.checkpoint import F32, Checkpoint, Progress, check_tensors
+from ds4py.weights.source import StoredMatrix
 
 RECIPE = "recipe.json"
 DENSE = "dense.safetensors"
@@ -85,6 +86,13 @@ class Bundle(Checkpoint):
         if fmt not in FORMATS:
             return super().matrix(name)
         return decode(fmt, self._read(f"{name}.weight"))
+
+    def stored(self, name: str) -> StoredMatrix:
+        """`name`.weight in its own bytes."""
+        fmt = self.formats.get(f"{name}.weight")
+        if fmt not in FORMATS:
+            return super().stored(name)
+        return StoredMatrix(fmt, self._read(f"{name}.weight"))
 
     def packed(self, layer: int) -> PackedLayer:
         """One layer's records, read into memory."""

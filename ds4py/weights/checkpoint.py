@@ -12,8 +12,10 @@ import numpy.typing as npt
 from ds4py.config import ModelConfig
 from ds4py.errors import WeightsError
 from ds4py.formats import fp_blocks
+from ds4py.formats.gguf_blocks import mxfp4_from_fp4
 from ds4py.formats.safetensors import TensorEntry, read_directory
 from ds4py.weights import names
+from ds4py.weights.source import FP8, StoredMatrix
 
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -55,9 +57,27 @@ class Checkpoint:
         entry = self.entries[f"{name}.weight"]
         if entry.dtype not in BLOCKS:
             return self.floats(f"{name}.weight")
-        scale = fp_blocks.decode_scale(self._read(f"{name}.scale"))
+        return self._decode(entry, self._read(f"{name}.weight"), self._read(f"{name}.scale"))
+
+    def _decode(
+        self, entry: TensorEntry, codes: npt.NDArray[np.uint8], scale: npt.NDArray[Any]
+    ) -> F32:
         decode = fp_blocks.decode_fp8 if entry.dtype == "F8_E4M3" else fp_blocks.decode_fp4
-        return decode(self._read(f"{name}.weight"), scale)
+        return decode(codes, fp_blocks.decode_scale(scale))
+
+    def stored(self, name: str) -> StoredMatrix:
+        """`name`.weight in its own bytes. Scales that are no powers of two make it F32."""
+        entry = self.entries[f"{name}.weight"]
+        data = self._read(f"{name}.weight")
+        if entry.dtype not in BLOCKS:
+            return StoredMatrix(entry.dtype, data.view(np.uint8))
+        scale = self._read(f"{name}.scale")
+        exponents = fp_blocks.e8m0(scale)
+        if exponents is None:
+            return StoredMatrix("F32", self._decode(entry, data, scale).view(np.uint8))
+        if entry.dtype == "F8_E4M3":
+            return StoredMatrix(FP8, fp_blocks.fp8_rows(data, exponents))
+        return StoredMatrix("MXFP4", mxfp4_from_fp4(data, exponents))
 
     def floats(self, name: str) -> F32:
         """A tensor stored as F32, BF16 or F16, as float32."""

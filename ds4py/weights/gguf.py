@@ -26,6 +26,7 @@ from ds4py.weights import names
 from ds4py.weights.bundle import PackedLayer, layout_of
 from ds4py.weights.checkpoint import Progress
 from ds4py.weights.gguf_config import is_dspark
+from ds4py.weights.source import StoredMatrix
 
 F32 = npt.NDArray[np.float32]
 
@@ -238,6 +239,11 @@ class GGUFCheckpoint:
     def matrix(self, name: str) -> F32:
         """`name`.weight, decoded, [out, in] float32. Raises WeightsError."""
         return self.floats(f"{name}.weight")
+
+    def stored(self, name: str) -> StoredMatrix:
+        """`name`.weight in its own bytes. Raises WeightsError."""
+        part, data = self.entries[f"{name}.weight"], self._read(f"{name}.weight")
+        return StoredMatrix(part.dtype, data.view(np.uint8))
 
     def floats(self, name: str) -> F32:
         """A tensor of any numeric type, decoded. Raises WeightsError, also for NaN or infinity."""

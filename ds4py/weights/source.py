@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py.config import ModelConfig
+
+PLAIN = ("F32", "F16", "BF16")
+"""Formats of rows without blocks."""
+FP8 = "FP8"
+"""A row's E4M3 codes and then its E8M0 scales, one per 128 columns."""
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix in the bytes it is stored in, rows apart from each other."""
+
+    format: str
+    """A GGUF block format, one of PLAIN, or FP8."""
+    rows: npt.NDArray[np.uint8]
+    """[out, bytes of a row]"""
+
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -64,6 +81,10 @@ class Source(Protocol):
 
     def matrix(self, name: str) -> npt.NDArray[np.float32]:
         """`name`.weight, dequantised, [out, in]."""
+        ...
+
+    def stored(self, name: str) -> StoredMatrix:
+        """`name`.weight as it lies in the file, FP8 and FP4 with their scales in the rows."""
         ...
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:
