@@ -183,11 +183,8 @@ def all_rows(engine: Engine) -> Engine:
     """The same weights, attending to every compressed row instead of the indexer's choice."""
     blocks = []
     for block in engine.model.blocks:
-        indexer = block.attn.indexer
-        if indexer is not None:
-            indexer = replace(indexer, n_selected=EVERY_ROW)
-            block = replace(block, attn=replace(block.attn, indexer=indexer))
-        blocks.append(block)
+        attn = replace(block.attn, n_chosen=EVERY_ROW)
+        blocks.append(replace(block, attn=attn))
     other = copy.copy(engine)
     other.model = replace(engine.model, blocks=tuple(blocks))
     return other

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
+from ds4py.cache.state import LayerDelta
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, Ops, Weight
 
 if TYPE_CHECKING:
+    from ds4py.model.attention import Attention
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
+    from ds4py.model.plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The queries of one layer."""
+
+    q: Array
+    """[S, heads, hd], normed and rotated."""
+    index: Any = None
+    """The indexer's queries and weights; None where nothing is chosen."""
+
+
+@dataclass(frozen=True)
 class Routing:
     """Each token's experts."""
 
@@ -74,6 +87,34 @@ class Fused(Protocol):
 
     def enter(self, streams: Streams, reader: HyperWeights, norm: Array) -> tuple[Array, Residual]:
         """Mix the streams into a sublayer's input, normed: [S, D], and keep the rest."""
+        ...
+
+    def project(self, x: Array, weight: Weight) -> Any:
+        """x [S, in] through maps that share it, for `queries` and `prepare` to read."""
+        ...
+
+    def queries(self, projected: Any, layer: Attention) -> Any:
+        """The latent query in `projected`, normed, through w_q."""
+        ...
+
+    def prepare(
+        self, projected: Any, queries: Any, layer: Attention, plan: StepPlan
+    ) -> tuple[Heads, LayerDelta]:
+        """Norm and rotate queries; norm, rotate and pack the new rows; pool windows that close."""
+        ...
+
+    def choose(self, heads: Heads, delta: LayerDelta, layer: Attention, plan: StepPlan) -> Any:
+        """Which compressed rows each query attends to; None: it sees all it may."""
+        ...
+
+    def attend(
+        self, heads: Heads, delta: LayerDelta, chosen: Any, layer: Attention, plan: StepPlan
+    ) -> Array:
+        """Attention over window and compressed rows, rotated back: [S, groups, heads*hd/groups]."""
+        ...
+
+    def grouped(self, o: Array, weight: Weight) -> Array:
+        """Each group of o [S, G, in] through its own map: [S, G*out]."""
         ...
 
     def leave(self, y: Array, weight: Weight, residual: Residual, reader: HyperWeights) -> Streams:

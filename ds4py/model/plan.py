@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from ds4py.cache.state import SequenceState, Series
-from ds4py.config import ModelConfig
+from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels import rope
 from ds4py.kernels.ops import Array, Ops
 
@@ -53,6 +53,10 @@ class StepPlan:
         self.n_tokens, self.start = n_tokens, state.position
         self.positions = np.arange(self.start, self.start + n_tokens)
         self.closing = {s.name: self._closing(s) for s in state.series}
+
+    def turn(self, layer: LayerPlan) -> rope.Rotation:
+        """For q, window rows and outputs of a layer, [S, head_dim]."""
+        return self.compressed if layer.compressed else self.sliding
 
     @cached_property
     def sliding(self) -> rope.Rotation:

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from ds4py.cache.state import LayerDelta
 from ds4py.config import ModelConfig
-from ds4py.kernels import hyper, moe, route
+from ds4py.kernels import attend, compress, hyper, index, moe, rounding, route
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
-from ds4py.kernels.ops import Array, Ops, Weight
-from ds4py.model.fused import Residual, Routing, Streams
+from ds4py.kernels.ops import Array, Dtype, Ops, Weight
+from ds4py.kernels.rope import rotate
+from ds4py.model.fused import Heads, Residual, Routing, Streams
 
 if TYPE_CHECKING:
+    from ds4py.model.attention import Attention, Compressor
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
+    from ds4py.model.plan import Closing, StepPlan
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,154 @@ class Reference:
         x, post, comb = hyper.mix(self.ops, streams.values, reader, self.config.hc_sinkhorn_iters)
         x = rms_norm(self.ops, x, norm, reader.norm_eps)
         return x, Residual(streams.values, (post, comb))
+
+    def project(self, x: Array, weight: Weight) -> tuple[Array, ...]:
+        return self.ops.project(x, weight)
+
+    def queries(self, projected: tuple[Array, ...], layer: Attention) -> tuple[Array, ...]:
+        latent = rms_norm(self.ops, projected[0], layer.q_norm, self.config.rms_norm_eps)
+        return self.ops.project(latent, layer.w_q)  # from [S, q_lora_rank]
+
+    def prepare(
+        self,
+        projected: tuple[Array, ...],
+        queries: tuple[Array, ...],
+        layer: Attention,
+        plan: StepPlan,
+    ) -> tuple[Heads, LayerDelta]:
+        c, ops, eps = self.config, self.ops, self.config.rms_norm_eps
+        turn = plan.turn(layer.layer)
+        _, row, *inputs = projected
+        query, *index_query = queries
+        q = query.reshape(-1, c.num_attention_heads, c.head_dim)
+        q = rotate(ops, rms_norm(ops, q, None, eps), turn)  # [S, heads, head_dim]
+        row = rotate(ops, rms_norm(ops, row, layer.kv_norm, eps), turn)  # [S, head_dim]
+        delta = LayerDelta(window=layer.rows.pack(row))
+        for compressor, raw in zip((layer.compressor, layer.indexer), inputs, strict=False):
+            if compressor is not None:
+                self._compress(compressor, raw, delta, layer.slot, plan, q.dtype)
+        return Heads(q, (*index_query, *inputs[2:])), delta
+
+    def _compress(
+        self,
+        compressor: Compressor,
+        projected: Array,
+        delta: LayerDelta,
+        slot: int,
+        plan: StepPlan,
+        dtype: Dtype,
+    ) -> None:
+        """Run one compressor over the new tokens: projected [value | score] [S, 2*c*d] float32.
+
+        The same with APE on the scores, and the rows the new tokens complete, go into the delta.
+        """
+        ops, s, closing = self.ops, compressor.series, plan.closing[compressor.series.name]
+        phase = ops.array(plan.positions % s.ratio)
+        values = delta.values[s.name] = projected + compressor.ape[phase]
+        if not closing.n_new:
+            return
+        first_token = s.ratio * (closing.n_old - s.overlap + 1)  # of the oldest window needed
+        begin = first_token - (plan.start - s.history)
+        n_tokens = s.ratio * (closing.n_new + s.overlap - 1)
+        known = ops.concatenate([plan.state.values(s.name, slot), values])  # [c*r - 1 + S, 2*c*d]
+        needed = known[begin : begin + n_tokens]
+        half = needed.shape[1] // 2
+        row = compress.pool(ops, needed[:, :half], needed[:, half:], s.ratio, s.overlap)
+        row = rms_norm(ops, row.astype(dtype), compressor.norm, self.config.rms_norm_eps)
+        assert closing.rotation is not None
+        delta.rows[s.name] = compressor.format.pack(rotate(ops, row, closing.rotation))
+
+    def choose(
+        self, heads: Heads, delta: LayerDelta, layer: Attention, plan: StepPlan
+    ) -> tuple[Array, Array] | None:
+        """ids, valid [S, k]: k is index_topk, or as many whole tiles as there are rows; then every
+        visible row fits and no scores are needed."""
+        if layer.indexer is None:
+            return None
+        ops, c, s = self.ops, self.config, layer.indexer.series
+        closing = plan.closing[s.name]
+        n_rows = closing.n_old + closing.n_new
+        if n_rows == 0:
+            return None
+        if n_rows <= layer.n_chosen:
+            tile = _tile(layer)
+            return index.first(ops, closing.visible, -(-n_rows // tile) * tile)
+        query, weights = heads.index
+        q = rotate(ops, query.reshape(-1, c.index_n_heads, s.width), plan.indexer)
+        if layer.indexer.format.rounded:  # else Hadamard cancels between query and row
+            q = rounding.fp4_round(ops, q)
+        weights = weights.astype(ops.wide) * (s.width * c.index_n_heads) ** -0.5
+        score = self._scores(q, weights, delta.rows.get(s.name), layer, plan)
+        return index.select(ops, score, closing.visible, layer.n_chosen)
+
+    def _scores(
+        self, q: Array, weights: Array, new_rows: Array | None, layer: Attention, plan: StepPlan
+    ) -> Array:
+        """[S, n_old + n_new]: committed rows where they lie, new rows in tiles of their own."""
+        assert layer.indexer is not None
+        ops, name, unpack = self.ops, layer.indexer.series.name, layer.indexer.format.unpack
+        closing, parts = plan.closing[name], []
+        if closing.n_old:
+            n_tiles = -(-closing.n_old // index.TILE)
+            rows = plan.state.committed_rows(name, layer.slot)[: n_tiles * index.TILE]
+            parts.append(index.scores(ops, q, weights, unpack(rows))[:, : closing.n_old])
+        if new_rows is not None:
+            rows = ops.append_zeros(new_rows, -closing.n_new % index.TILE)
+            parts.append(index.scores(ops, q, weights, unpack(rows))[:, : closing.n_new])
+        return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=1)
+
+    def attend(
+        self,
+        heads: Heads,
+        delta: LayerDelta,
+        chosen: tuple[Array, Array] | None,
+        layer: Attention,
+        plan: StepPlan,
+    ) -> Array:
+        blocks = [self._window_block(delta.window, layer, plan)]
+        if layer.compressor is not None:
+            closing = plan.closing[layer.compressor.series.name]
+            if closing.n_old + closing.n_new:
+                blocks.append(self._compressed_block(delta, chosen, layer, closing, plan))
+        o = attend.attend(self.ops, heads.q, blocks, layer.sink)
+        o = rotate(self.ops, o, plan.turn(layer.layer), inverse=True)
+        return o.reshape(plan.n_tokens, self.config.o_groups, -1)
+
+    def _window_block(self, new: Array, layer: Attention, plan: StepPlan) -> tuple[Array, Array]:
+        """Each query's own W rows as an overlapping view: [S, 1, W, head_dim], valid [S, 1, W]."""
+        recent = [plan.state.window(layer.slot), layer.rows.unpack(new)]
+        rows = self.ops.concatenate(recent)  # [W-1+S, head_dim]
+        width = self.config.sliding_window
+        return self.ops.windows(rows, plan.n_tokens, width), plan.window_valid
+
+    def _compressed_block(
+        self,
+        delta: LayerDelta,
+        chosen: tuple[Array, Array] | None,
+        layer: Attention,
+        closing: Closing,
+        plan: StepPlan,
+    ) -> tuple[Array, Array]:
+        """The compressed rows the queries see, from the committed ones and the step's own."""
+        assert layer.compressor is not None
+        name = layer.compressor.series.name
+        committed, new = plan.state.committed_rows(name, layer.slot), delta.rows.get(name)
+        if chosen is None:
+            stored, valid = _all_rows(self.ops, committed, new, closing.n_old, closing.visible)
+            return layer.rows.unpack(stored), valid
+        ids, valid = chosen
+        stored = committed[: closing.n_old]
+        if new is not None:
+            stored = self.ops.concatenate([stored, new])
+        if ids.shape[0] * ids.shape[1] < stored.shape[0]:
+            rows = layer.rows.unpack(stored[ids])
+        else:  # many queries share rows: unpack each of them once
+            rows = layer.rows.unpack(stored)[ids]
+        shape = (ids.shape[0], -1, _tile(layer))
+        return rows.reshape(*shape, rows.shape[2]), valid.reshape(*shape)
+
+    def grouped(self, o: Array, weight: Weight) -> Array:
+        return self.ops.grouped(o, weight).reshape(o.shape[0], -1)
 
     def leave(self, y: Array, weight: Weight, residual: Residual, reader: HyperWeights) -> Streams:
         return self._add(self.ops.project(y, weight)[0], residual)
@@ -74,3 +226,24 @@ class Reference:
         x = hyper.collapse_head(self.ops, streams.values, reader)
         x = rms_norm(self.ops, x, norm, reader.norm_eps)
         return self.ops.to_mlx(self.ops.project(x, weight)[0])
+
+
+def _all_rows(
+    ops: Ops, committed: Array, new: Array | None, n_old: int, visible: Array
+) -> tuple[Array, Array]:
+    """Every row, tiled by its absolute number: [1, n, ROW_TILE, hd], valid [S, n, ROW_TILE]."""
+    if new is not None:
+        committed = ops.concatenate([committed[:n_old], new])
+        n_rows = committed.shape[0]
+        committed = ops.append_zeros(committed, -n_rows % attend.ROW_TILE)
+    else:
+        n_rows = n_old
+    n_tiles = -(-n_rows // attend.ROW_TILE)
+    rows = committed[: n_tiles * attend.ROW_TILE].reshape(1, n_tiles, attend.ROW_TILE, -1)
+    valid = ops.arange(n_tiles * attend.ROW_TILE)[None] < visible
+    return rows, valid.reshape(-1, n_tiles, attend.ROW_TILE)
+
+
+def _tile(layer: Attention) -> int:
+    """Chosen rows are attended in blocks of this many, a divisor of `n_chosen`."""
+    return layer.n_chosen if layer.n_chosen % attend.ROW_TILE else attend.ROW_TILE

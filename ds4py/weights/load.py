@@ -16,10 +16,8 @@ from ds4py.errors import ConfigError
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import F32, Array, Dtype, Ops, PackedWeight, Weight
 from ds4py.kernels.rounding import FP4_ROW_BLOCK, FP8_ROW_BLOCK
-from ds4py.model.attention import Attention
+from ds4py.model.attention import Attention, Compressor
 from ds4py.model.block import Block
-from ds4py.model.compressor import Compressor
-from ds4py.model.indexer import Indexer
 from ds4py.model.moe import ExpertWeight, MoE, ResidentExperts
 from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
@@ -143,14 +141,14 @@ class Loader:
             w_in.append((self._values(f"{name}.compressor"), self.ops.wide))
             w_in.append((read.matrix(f"{name}.weights_proj"), self.dtype))
             w_q.append((read.matrix(f"{name}.wq_b"), self.dtype))
-            rows = self._compressor(f"{name}.compressor", of[f"index{plan.ratio}"], self.rows.index)
-            indexer = Indexer(self.ops, rows, c.index_n_heads, c.index_topk, slot)
+            indexer = self._compressor(
+                f"{name}.compressor", of[f"index{plan.ratio}"], self.rows.index
+            )
         wo_a = read.matrix(f"{prefix}.wo_a").reshape(c.o_groups, c.o_lora_rank, -1)
         return Attention(
-            config=c,
             layer=plan,
             slot=slot,
-            ops=self.ops,
+            fused=self.fused,
             w_in=self.ops.pack(w_in),
             w_q=self.ops.pack(w_q),
             wo_a=self.ops.pack([(wo_a, self.dtype)]),
@@ -160,6 +158,7 @@ class Loader:
             sink=self._vector(f"{prefix}.attn_sink"),
             compressor=compressor,
             indexer=indexer,
+            n_chosen=c.index_topk,
             rows=self.rows.attention,
         )
 
@@ -175,11 +174,9 @@ class Loader:
 
     def _compressor(self, prefix: str, series: Series, rows: RowFormat) -> Compressor:
         return Compressor(
-            ops=self.ops,
             series=series,
             ape=self.ops.array(self._ape(prefix)),
             norm=self._vector(f"{prefix}.norm.weight"),
-            eps=self.config.rms_norm_eps,
             format=rows,
         )
 
