@@ -1,0 +1,303 @@
+"""A kernel that runs on the CPU: compile a variant once, launch it many times."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from tools.metal_cpu import arrays, compiler, launch
+from tools.metal_cpu.report import Launch, Reader, ShaderError, Traffic
+from tools.metal_cpu.rewrite import RewriteError, rewrite
+from tools.metal_cpu.source import ATTRIBUTES, Argument, Signature
+
+FILE = "kernel"
+"""What the compiler calls the generated text."""
+MAX_THREADS = 1024
+WORTH_A_WORKER = 4096
+"""Threads in a launch below which waking a second worker costs more than it saves."""
+
+VALUES = {
+    "dispatch_quadgroups_per_threadgroup": "(i->n_dispatch + 3) / 4",
+    "dispatch_simdgroups_per_threadgroup": "(i->n_dispatch + 31) / 32",
+    "dispatch_threads_per_threadgroup": "dispatch_threads",
+    "grid_origin": "uint3(0)",
+    "grid_size": "threads_per_grid",
+    "quadgroup_index_in_threadgroup": "i->index / 4",
+    "quadgroups_per_threadgroup": "(i->n_threads + 3) / 4",
+    "simdgroup_index_in_threadgroup": "i->index / 32",
+    "simdgroups_per_threadgroup": "(i->n_threads + 31) / 32",
+    "thread_execution_width": "32",
+    "thread_index_in_quadgroup": "i->index & 3",
+    "thread_index_in_simdgroup": "i->index & 31",
+    "thread_index_in_threadgroup": "i->index",
+    "thread_position_in_grid": "position_in_grid",
+    "thread_position_in_threadgroup": "position_in_threadgroup",
+    "threadgroup_position_in_grid": "threadgroup_position",
+    "threadgroups_per_grid": "threadgroups_per_grid",
+    "threads_per_grid": "threads_per_grid",
+    "threads_per_simdgroup": "32",
+    "threads_per_threadgroup": "threads_per_threadgroup",
+}
+"""Attribute -> the expression, or the field of msl_ids, that holds it."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A compiled kernel for one set of argument types and template values."""
+
+    signature: Signature
+    library: Path
+    entry: int
+    buffers: Any
+    """An array of CBuffer, reused by every launch."""
+
+
+def entry_point(signature: Signature) -> str:
+    """The function the runtime calls for every thread."""
+    arguments = [f"msl_any{{b[{i}]}}" for i in range(len(signature.buffers))]
+    for name in signature.attributes:
+        value = VALUES[name]
+        if ATTRIBUTES[name] == "uint3" and not value.startswith("uint3"):
+            value = f"uint3(i->{value}[0], i->{value}[1], i->{value}[2])"
+        arguments.append(value)
+    call = f"{signature.kernel_name}{signature.template_arguments}({', '.join(arguments)})"
+    return (
+        '\n#line 1 "entry"\nextern "C" void msl_entry(device const ulong* b, '
+        f"device const msl_ids* i) {{ {call}; }}\n"
+    )
+
+
+def compile_error(signature: Signature, message: str) -> ShaderError:
+    """clang's errors, and its notes that point into the kernel, with the kernel's own lines."""
+    lines: list[str] = []
+    for text in message.splitlines():
+        found = re.match(r"(\S+?):(\d+):\d+: (error|fatal error|note): (.*)", text)
+        if not found or (found[3] == "note" and found[1] != FILE):
+            continue
+        said = f"{found[3]}: {found[4]}"
+        if found[1] == FILE:
+            line = int(found[2])
+            said = f"{signature.place(line)}: {said}\n    {signature.line_text(line)}"
+        lines.append(said)
+    said = "\n".join(lines) or message
+    return ShaderError(f"{signature.name} does not compile:\n{said}")
+
+
+class Kernel:
+    """A kernel given as MLX takes it: names, helper functions, and the body of the function.
+
+    name: as in `mx.fast.metal_kernel`, like all the parameters. Arrays are numpy or MLX arrays;
+    bfloat16 in numpy is `ml_dtypes.bfloat16`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        source: str,
+        header: str = "",
+        ensure_row_contiguous: bool = True,
+        atomic_outputs: bool = False,
+    ):
+        if not output_names:
+            raise ValueError(f"kernel {name} has no outputs")
+        self.name, self.source, self.header = name, source, header
+        self.input_names, self.output_names = tuple(input_names), tuple(output_names)
+        self.ensure_row_contiguous, self.atomic_outputs = ensure_row_contiguous, atomic_outputs
+        self.last = Launch(name, "", ())
+        """The last launch: `last.reports`, `last.report` (text), `last.traffic` by buffer."""
+        self._variants: dict[Any, Variant] = {}
+
+    def signature(
+        self,
+        inputs: Sequence[np.ndarray],
+        template: Sequence[tuple[str, Any]],
+        output_dtypes: Sequence[Any],
+    ) -> Signature:
+        """What MLX would generate for these arguments."""
+        values = tuple(
+            (n, v if isinstance(v, bool | int) else arrays.dtype_name(v)) for n, v in template
+        )
+        return Signature(
+            self.name,
+            self.input_names,
+            self.output_names,
+            self.source,
+            self.header,
+            self.atomic_outputs,
+            tuple(Argument(arrays.dtype_name(x.dtype), x.size, x.ndim) for x in inputs),
+            tuple(map(arrays.dtype_name, output_dtypes)),
+            values,
+        )
+
+    def compile(self, signature: Signature, mode: str) -> Variant:
+        """Check and compile. Raises ShaderError with the kernel's lines."""
+        if not signature.text.isascii():
+            raise ShaderError(f"{self.name}: MLX hands sources to Metal as ASCII; this is not")
+        try:
+            text, _ = rewrite(signature.text, signature.body_line)
+            library, _ = compiler.kernel_library(
+                f'#line 1 "{FILE}"\n{text}{entry_point(signature)}', mode
+            )
+        except RewriteError as exc:
+            place, quoted = signature.place(exc.line), signature.line_text(exc.line)
+            raise ShaderError(f"{self.name}, {place}: {exc}\n    {quoted}") from exc
+        except compiler.CompilerError as exc:
+            raise compile_error(signature, str(exc)) from exc
+        buffers = (launch.CBuffer * len(signature.buffers))()
+        for buffer, described in zip(buffers, signature.buffers, strict=True):
+            buffer.is_output = described.is_output
+        return Variant(signature, library, launch.load(library), buffers)
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[Any],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Sequence[tuple[str, Any]] | None = None,
+        init_value: float | None = None,
+        seed: int = 0,
+        mode: str = "fast",
+        workers: int | None = None,
+    ) -> list[Any]:
+        """One launch; the outputs, as numpy arrays or, if any input is one, as MLX arrays.
+
+        grid counts threads. seed: order of lanes, simdgroups and threadgroups, and the garbage in
+        fresh memory; 0 is the natural order. mode: "fast", or "check" for races, bounds,
+        uninitialised memory and counters. init_value: outputs start with it, not with garbage.
+        workers: threads to use; None: as many as pay off.
+        Raises ShaderError for text that does not compile and for everything the launch finds.
+        """
+        given = [arrays.as_numpy(x) for x in inputs]
+        if len(given) != len(self.input_names):
+            raise ValueError(f"{self.name} takes {len(self.input_names)} inputs, got {len(given)}")
+        if not len(output_shapes) == len(output_dtypes) == len(self.output_names):
+            raise ValueError(f"{self.name} has {len(self.output_names)} outputs")
+        if self.ensure_row_contiguous:
+            given = [np.ascontiguousarray(x).reshape(x.shape) for x in given]
+        template = template or ()
+        key = (
+            mode,
+            tuple([(x.dtype, min(x.size, 8), x.ndim) for x in given]),
+            tuple([(n, type(v), v) for n, v in template]),
+            tuple(output_dtypes),
+        )
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self.compile(self.signature(given, template, output_dtypes), mode)
+            self._variants[key] = variant
+        outputs = [
+            np.empty(shape, arrays.numpy_dtype(dtype))
+            for shape, dtype in zip(output_shapes, variant.signature.output_dtypes, strict=True)
+        ]
+        if init_value is not None:
+            for output in outputs:
+                output.fill(init_value)
+        hosts = self._hosts(variant.signature, given, outputs)
+        self._run(variant, hosts, init_value is not None, grid, threadgroup, (seed, mode, workers))
+        if any(isinstance(x, mx.array) for x in inputs):
+            return [arrays.as_mlx(x) for x in outputs]
+        return outputs
+
+    def _hosts(
+        self, signature: Signature, given: list[np.ndarray], outputs: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """The memory behind every buffer of the signature, in its order."""
+        inputs = dict(zip(self.input_names, given, strict=True))
+        results = dict(zip(self.output_names, outputs, strict=True))
+        hosts = []
+        for buffer in signature.buffers:
+            if buffer.is_output:
+                hosts.append(results[buffer.name])
+            elif buffer.part == "data":
+                hosts.append(arrays.memory(inputs[buffer.name]))
+            elif buffer.part == "shape":
+                hosts.append(np.array(inputs[buffer.name].shape, np.int32))
+            elif buffer.part == "strides":
+                x = inputs[buffer.name]
+                hosts.append(np.array([s // x.itemsize for s in x.strides], np.int64))
+            else:
+                hosts.append(np.array(inputs[buffer.name].ndim, np.int32))
+        return hosts
+
+    def _run(
+        self,
+        variant: Variant,
+        hosts: list[np.ndarray],
+        initialised: bool,
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        how: tuple[int, str, int | None],
+    ) -> None:
+        group = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
+        if min(group) < 1:
+            raise ValueError(f"{self.name}: grid {grid}, threadgroup {threadgroup}: need >= 1")
+        if group[0] * group[1] * group[2] > MAX_THREADS:
+            raise ValueError(f"{self.name}: threadgroup {group} has over {MAX_THREADS} threads")
+        seed, mode, workers = how
+        if workers is None:
+            n_threads = grid[0] * grid[1] * grid[2]
+            workers = 1 if n_threads < WORTH_A_WORKER else os.cpu_count() or 1
+        run = launch.runtime().msl_run
+        with launch.LOCK:
+            for buffer, host in zip(variant.buffers, hosts, strict=True):
+                buffer.host = host.ctypes.data
+                buffer.size = host.nbytes
+                buffer.copy_in = initialised or not buffer.is_output
+            state = launch.launch_structure()
+            state.entry, state.buffers = variant.entry, c.addressof(variant.buffers)
+            state.n_buffers, state.check = len(hosts), mode == "check"
+            state.grid[:], state.group[:] = grid, group
+            state.seed, state.n_workers = seed, workers
+            run(c.addressof(state))
+            reports = ()
+            if state.n_reports:
+                sizes = [h.nbytes for h in hosts]
+                reports = Reader(variant.signature, variant.library, state, sizes).read()
+            self.last = Launch(self.name, mode, reports, self._traffic(variant, mode))
+        if reports:
+            raise ShaderError("\n".join(map(str, reports)), reports)
+
+    def _traffic(self, variant: Variant, mode: str) -> dict[str, Traffic]:
+        if mode != "check":
+            return {}
+        return {
+            described.name: Traffic(b.loaded, b.stored, b.touched, b.useful, b.lines)
+            for described, b in zip(variant.signature.buffers, variant.buffers, strict=True)
+            if described.part == "data"
+        }
+
+
+def metal_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+) -> Callable[..., list[Any]]:
+    """Stands in for `mx.fast.metal_kernel`: the same arguments, executed at once on the CPU.
+
+    The callable takes and ignores `stream` and `verbose`, and also takes `seed` and `mode`.
+    """
+    kernel = Kernel(
+        name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs
+    )
+
+    def call(*, stream: Any = None, verbose: bool = False, **arguments: Any) -> list[Any]:
+        return kernel(**arguments)
+
+    return call

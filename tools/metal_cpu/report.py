@@ -1,0 +1,201 @@
+"""What a launch found, in words: faults with kernel, line and buffer, and the counters."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elftools.elf.elffile import ELFFile
+
+if TYPE_CHECKING:
+    from tools.metal_cpu.launch import CLaunch, CReport
+    from tools.metal_cpu.source import Buffer, Signature
+
+KINDS = (
+    "",
+    "out of bounds",
+    "wild access",
+    "stack overflow",
+    "arithmetic fault",
+    "divergence",
+    "too much threadgroup memory",
+    "failed check",
+    "write past the end",
+    "race",
+    "race between threadgroups",
+    "uninitialised read",
+    "write to an input",
+    "output never written",
+)
+NO_BUFFER = 48
+
+
+class ShaderError(RuntimeError):
+    """A kernel does something wrong; `reports` holds every finding of the launch."""
+
+    def __init__(self, message: str, reports: tuple[Report, ...] = ()):
+        super().__init__(message)
+        self.reports = reports
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finding. `kind` is one of KINDS, `place` is "body line 3", `buffer` the array's name."""
+
+    kind: str
+    place: str
+    buffer: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a launch did with one buffer, counted in check mode.
+
+    loaded, stored: bytes, summed over threads. touched: distinct bytes of the whole launch. useful:
+    distinct bytes, summed over the accesses of a simdgroup. lines: 128-byte lines, likewise.
+    """
+
+    loaded: int
+    stored: int
+    touched: int
+    useful: int
+    lines: int
+
+    @property
+    def efficiency(self) -> float:
+        """The part of the touched lines' bytes that the simdgroups used, 0 to 1."""
+        return self.useful / (128 * self.lines) if self.lines else 1.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The last launch: findings, and traffic by buffer name (check mode)."""
+
+    kernel: str
+    mode: str
+    reports: tuple[Report, ...]
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    threadgroup_bytes: int = 0
+
+    @property
+    def report(self) -> str:
+        """All findings, one a line; empty if there are none."""
+        return "\n".join(map(str, self.reports))
+
+
+@cache
+def line_table(library: Path) -> tuple[list[int], list[int]]:
+    """Addresses in a library and the source line that starts at each; lines of headers are 0."""
+    rows: list[tuple[int, int]] = []
+    with library.open("rb") as file:
+        elf = ELFFile(file)
+        if not elf.has_dwarf_info():
+            return [], []
+        dwarf = elf.get_dwarf_info()
+        for unit in dwarf.iter_CUs():
+            program = dwarf.line_program_for_CU(unit)
+            names = program.header["file_entry"] if program else []
+            for entry in program.get_entries() if program else []:
+                state = entry.state
+                if state is None:
+                    continue
+                index = state.file if program.header["version"] >= 5 else state.file - 1
+                own = index < len(names) and names[index].name.endswith(b"kernel")
+                rows.append((state.address, 0 if state.end_sequence or not own else state.line))
+    rows.sort()
+    return [a for a, _ in rows], [line for _, line in rows]
+
+
+def line_of(library: Path, address: int) -> int:
+    """The kernel's line at an address, or the nearest one before it; 0: unknown."""
+    try:
+        addresses, lines = line_table(library)
+    except Exception:  # not an ELF file: a Mach-O library carries no line table
+        return 0
+    at = bisect_right(addresses, address) - 1
+    return next((lines[i] for i in range(at, max(at - 64, -1), -1) if lines[i]), 0)
+
+
+class Reader:
+    """Turns the runtime's reports of one launch into sentences."""
+
+    def __init__(self, signature: Signature, library: Path, launch: CLaunch, sizes: list[int]):
+        self.signature, self.library, self.launch, self.sizes = signature, library, launch, sizes
+
+    def read(self) -> tuple[Report, ...]:
+        found = [self._read(self.launch.reports[i]) for i in range(self.launch.n_reports)]
+        return tuple({r.message.partition("; threadgroup")[0]: r for r in reversed(found)}.values())
+
+    def _place(self, line: int, pc: int) -> str:
+        line = line or (line_of(self.library, pc) if pc else 0)
+        return self.signature.place(line) if line else ""
+
+    def _quote(self, line: int, pc: int) -> str:
+        line = line or (line_of(self.library, pc) if pc else 0)
+        if not line:
+            return ""
+        return f", {self.signature.place(line)}: `{self.signature.line_text(line)}`"
+
+    def _buffer(self, r: CReport) -> tuple[str, str]:
+        """Name, and description with size."""
+        if r.buffer == NO_BUFFER:
+            return "", ""
+        if r.buffer < 0:
+            name = self.launch.arrays[-1 - r.buffer].value.decode()
+            size = self.launch.array_sizes[-1 - r.buffer]
+            return name, f"threadgroup array '{name}' ({size} bytes)"
+        buffer: Buffer = self.signature.buffers[r.buffer]
+        part = "" if buffer.part == "data" else f"_{buffer.part}"
+        kind = "output" if buffer.is_output else "input"
+        return buffer.name, f"{kind} '{buffer.name}{part}' ({self.sizes[r.buffer]} bytes)"
+
+    def _read(self, r: CReport) -> Report:
+        kind = KINDS[r.kind]
+        name, described = self._buffer(r)
+        access = "write" if r.access else "read"
+        text = r.text.decode()
+        quote = self._quote(r.line, r.pc)
+        at = f"; threadgroup {tuple(r.group)}, thread {r.thread}"
+        of = f"{access} of {r.size} bytes" if r.size else access
+        if kind == "out of bounds":
+            body = f"{of} at byte {r.offset} of {described}{quote}{at}"
+        elif kind == "write past the end":
+            body = f"of {described}: byte {r.offset} was changed"
+        elif kind == "wild access":
+            body = f"{of} at address {r.offset:#x}, which belongs to no buffer{quote}{at}"
+        elif kind == "divergence":
+            body = self._divergence(r, text)
+        elif kind == "too much threadgroup memory":
+            body = f"{r.size} bytes with array '{text}', Metal's limit is 32768{quote}"
+            name = text
+        elif kind == "failed check":
+            body = f"{text}{quote}{at}"
+        elif kind.startswith("race"):
+            other = self._quote(r.other_line, r.other_pc)
+            body = (
+                f"on byte {r.offset} of {described}: {access} by thread {r.thread}{quote} and "
+                f"{text} by thread {r.other_thread}{other}; threadgroup {tuple(r.group)}"
+            )
+        elif kind == "output never written":
+            body = f"{described}: {r.size} bytes, the first is byte {r.offset}"
+        elif described:
+            body = f"{of} at byte {r.offset} of {described}{quote}{at}"
+        else:
+            body = f"{text or 'in the kernel'}{quote}{at}"
+        message = f"{self.signature.name}: {kind}: {body}"
+        return Report(kind, self._place(r.line, r.pc), name, message)
+
+    def _divergence(self, r: CReport, text: str) -> str:
+        here, _, there = text.partition("|")
+        other = self._quote(r.other_line, 0)
+        return (
+            f"thread {r.thread} is at {here}{self._quote(r.line, 0)} while thread {r.other_thread} "
+            f"is at {there}{other}; threadgroup {tuple(r.group)}"
+        )

@@ -1,0 +1,230 @@
+"""Metal source -> source for clang's C++ for OpenCL, token by token, every token on its own line.
+
+Needed because the two languages differ in a few places only: where threadgroup variables may stand,
+attributes, literals, and OpenCL's own keywords. House rules of the kernels are checked on the way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TOKEN = re.compile(
+    r"""(?P<space>[ \t\r]+|\\\n)
+      | (?P<newline>\n)
+      | (?P<comment>//[^\n]*|/\*.*?\*/)
+      | (?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')
+      | (?P<number>\.?[0-9](?:[eEpP][+-]|[0-9A-Za-z_.'])*)
+      | (?P<name>[A-Za-z_][A-Za-z_0-9]*)
+      | (?P<mark>\[\[|\]\]|::|<<=|>>=|->|\+\+|--|&&|\|\||[<>=!+\-*/%&|^]=|.)""",
+    re.VERBOSE | re.DOTALL,
+)
+FLOAT = re.compile(
+    r"0[xX][0-9a-fA-F.]+[pP][+-]?[0-9]+|[0-9]*\.[0-9]*(?:[eE][+-]?[0-9]+)?|[0-9]+[eE][+-]?[0-9]+"
+)
+OPENCL_KEYWORDS = {
+    "local", "global", "private", "generic", "kernel", "pipe", "uniform",
+    "read_only", "write_only", "read_write", "__local", "__global", "__private", "__generic",
+}  # fmt: skip
+
+
+class RewriteError(ValueError):
+    """The text breaks a rule that the compiler would not see. `line` is its line."""
+
+    def __init__(self, line: int, message: str):
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass
+class Token:
+    kind: str
+    text: str
+    line: int
+
+
+def tokens(text: str) -> Iterator[Token]:
+    line = 1
+    for match in TOKEN.finditer(text):
+        kind = match.lastgroup or "mark"
+        yield Token(kind, match[0], line)
+        line += match[0].count("\n")
+
+
+def rewrite(text: str, body_line: int) -> tuple[str, list[str]]:
+    """The text for clang, and the names of the threadgroup arrays in the order of their ids.
+
+    body_line: the line of the text on which the kernel's body starts; declarations of threadgroup
+    memory must come after it. Raises RewriteError.
+    """
+    return Rewriter(text, body_line).run()
+
+
+class Rewriter:
+    def __init__(self, text: str, body_line: int):
+        self.tokens = list(tokens(text))
+        self.body_line = body_line
+        self.at = 0
+        self.out: list[str] = []
+        self.arrays: list[str] = []
+
+    def run(self) -> tuple[str, list[str]]:
+        while self.at < len(self.tokens):
+            self._step(self.tokens[self.at])
+        return "".join(self.out), self.arrays
+
+    def _step(self, token: Token) -> None:
+        if token.kind == "mark" and token.text == "#" and self._starts_line():
+            self._directive()
+        elif token.text == "[[":
+            self._skip_attribute()
+        elif token.kind == "number":
+            self._emit(literal(token.text))
+        elif token.text == "threadgroup" and self._declares_array():
+            self._threadgroup_array(token)
+        elif token.text == "template" and self._text_from(self.at, 2) == ["template", "[["]:
+            self._skip_statement()
+        elif token.kind == "name" and token.text in OPENCL_KEYWORDS:
+            self._emit(token.text + "_")
+        else:
+            self._emit(token.text)
+
+    def _emit(self, text: str) -> None:
+        self.out.append(text)
+        self.at += 1
+
+    def _starts_line(self) -> bool:
+        before = self.at - 1
+        while before >= 0 and self.tokens[before].kind in ("space", "comment"):
+            before -= 1
+        return before < 0 or self.tokens[before].kind == "newline"
+
+    def _directive(self) -> None:
+        """`#include <metal_...>` and `#pragma` of Metal go; other directives stay as they are."""
+        end = self.at
+        while end < len(self.tokens) and self.tokens[end].kind != "newline":
+            end += 1
+        words = [t.text for t in self.tokens[self.at : end] if t.kind in ("name", "mark")]
+        if words[1:2] == ["include"] or words[1:3] == ["pragma", "METAL"]:
+            self.at = end
+        else:
+            self._emit("#")
+
+    def _skip_attribute(self) -> None:
+        while self.tokens[self.at].text != "]]":
+            self._emit("\n" if self.tokens[self.at].kind == "newline" else "")
+        self._emit("")
+
+    def _skip_statement(self) -> None:
+        """The explicit instantiation at the end: the entry point instantiates the kernel."""
+        while self.tokens[self.at].text != ";":
+            self._emit("\n" if self.tokens[self.at].kind == "newline" else "")
+        self._emit("")
+
+    def _text_from(self, start: int, n: int) -> list[str]:
+        """The next n tokens that are neither space nor comment."""
+        found = []
+        for token in self.tokens[start:]:
+            if token.kind not in ("space", "newline", "comment"):
+                found.append(token.text)
+                if len(found) == n:
+                    break
+        return found
+
+    def _declares_array(self) -> bool:
+        """Whether `threadgroup` starts a declaration of memory, not of a pointer to it."""
+        depth = 0
+        for token in self.tokens[self.at + 1 :]:
+            if token.text in ("<", "("):
+                depth += 1
+            elif token.text in (">", ")"):
+                depth -= 1
+                if depth < 0:
+                    return False  # a cast or a parameter
+            elif depth == 0 and token.text in ("*", "&", ",") and token.kind == "mark":
+                return False
+            elif depth == 0 and token.text in (";", "[", "="):
+                return True
+        return False
+
+    def _threadgroup_array(self, start: Token) -> None:
+        """`threadgroup T a[N], b;` -> a reference per name into the threadgroup's arena.
+
+        OpenCL allows such variables in kernel functions only, and no template is one.
+        """
+        if start.line < self.body_line:
+            raise RewriteError(start.line, "threadgroup memory declared outside the kernel's body")
+        end = self.at
+        while self.tokens[end].text != ";":
+            end += 1
+        inside = self.tokens[self.at + 1 : end]
+        newlines = "\n" * sum(t.text.count("\n") for t in inside)
+        self.at = end + 1
+        self.out.append(self._references(inside, start.line) + newlines)
+
+    def _references(self, inside: list[Token], line: int) -> str:
+        code = [t for t in inside if t.kind not in ("newline", "comment")]
+        declarators = split_top(code, ",")
+        names = [first_declared(d) for d in declarators]
+        first = declarators[0]
+        at = next(i for i, t in enumerate(first) if t is names[0])
+        kind = "".join(literal(t.text) if t.kind == "number" else t.text for t in first[:at])
+        text = ""
+        for declarator, name in zip(declarators, names, strict=True):
+            suffix = declarator[next(i for i, t in enumerate(declarator) if t is name) + 1 :]
+            if any(t.text in ("=", "{") for t in suffix):
+                raise RewriteError(line, f"threadgroup {name.text} has an initialiser")
+            alias = f"msl_type_{len(self.arrays)}"
+            text += (
+                f"using {alias} = {kind}{''.join(t.text for t in suffix)}; "
+                f"threadgroup {alias}& {name.text} = *(threadgroup {alias}*)(ulong)msl_array("
+                f'{len(self.arrays)}, sizeof({alias}), {line}, "{name.text}");'
+            )
+            self.arrays.append(name.text)
+        return text
+
+
+def split_top(code: list[Token], mark: str) -> list[list[Token]]:
+    """Split at a mark that stands outside all brackets."""
+    parts: list[list[Token]] = [[]]
+    depth = 0
+    for token in code:
+        depth += token.text in ("<", "(", "[", "{")
+        depth -= token.text in (">", ")", "]", "}")
+        if token.text == mark and depth == 0:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def first_declared(declarator: list[Token]) -> Token:
+    """The name that a declarator declares: the last name before `[`, `=` or the end."""
+    name, depth = None, 0
+    for token in declarator:
+        if depth == 0 and token.text in ("[", "=", "{"):
+            break
+        depth += token.text in ("<", "(")
+        depth -= token.text in (">", ")")
+        if depth == 0 and token.kind == "name":
+            name = token
+    if name is None:
+        raise RewriteError(declarator[0].line if declarator else 0, "threadgroup without a name")
+    return name
+
+
+def literal(text: str) -> str:
+    """A number as clang needs it: an unsuffixed floating literal is a float in Metal.
+
+    clang's own switch for that is forgotten when a template is instantiated.
+    """
+    found = FLOAT.match(text)
+    if not found:
+        return text
+    suffix = text[found.end() :]
+    if suffix in ("h", "H"):
+        return f"((half){found[0]}f)"
+    if suffix in ("bf", "BF"):
+        return f"((bfloat){found[0]}f)"
+    return text if suffix else text + "f"
