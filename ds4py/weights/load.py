@@ -25,6 +25,7 @@ from ds4py.model.reference import Reference
 from ds4py.model.transformer import Transformer
 from ds4py.weights.bundle import Bundle, PackedLayer
 from ds4py.weights.gguf import GGUFCheckpoint
+from ds4py.weights.maps import FloatMaps, Part
 from ds4py.weights.source import Source
 
 
@@ -43,6 +44,7 @@ class Loader:
         self.config: ModelConfig = self.checkpoint.config
         self.freqs = Frequencies(self.config)
         self.fused = Reference(self.ops, self.config)
+        self.maps = FloatMaps(self.checkpoint, self.ops, self.dtype)
         self.experts = ResidentExperts(self.ops, self.config.swiglu_limit)
         if self.trained_rounding:
             _check_rounding(self.config)
@@ -52,8 +54,8 @@ class Loader:
 
     def transformer(self) -> Transformer:
         """The main model."""
-        c, checkpoint = self.config, self.checkpoint
-        embed = self.ops.array(checkpoint.floats("embed.weight")).astype(self.dtype)
+        c = self.config
+        embed = self.maps.table("embed")
         series = series_of(c, c.layers)
         blocks = tuple(
             self._block(f"layers.{plan.index}", plan, slot, series)
@@ -69,7 +71,7 @@ class Loader:
             blocks=blocks,
             hc_head=self._hyper("hc_head"),
             norm=self._vector("norm.weight"),
-            head=self.ops.pack([(checkpoint.matrix("head"), self.ops.wide)]),
+            head=self._linear("head", wide=True),
         )
 
     def draft(self, model: Transformer) -> DraftLayer:
@@ -95,12 +97,12 @@ class Loader:
     def _vector(self, name: str) -> Array:
         return self.ops.array(self.checkpoint.floats(name))
 
-    def _linear(self, name: str) -> Weight:
-        return self.ops.pack([(self.checkpoint.matrix(name), self.dtype)])
+    def _linear(self, name: str, wide: bool = False) -> Weight:
+        return self.maps.pack([Part((name,), wide)])
 
     def _hyper(self, prefix: str) -> HyperWeights:
         return HyperWeights(
-            fn=self.ops.pack([(self.checkpoint.floats(f"{prefix}_fn"), self.ops.wide)]),
+            fn=self.maps.mix(f"{prefix}_fn"),
             base=self._vector(f"{prefix}_base"),
             scale=self.ops.array(self._scale(prefix)),
             norm_eps=self.config.rms_norm_eps,
@@ -126,32 +128,29 @@ class Loader:
     def _attention(
         self, prefix: str, plan: LayerPlan, slot: int, series: tuple[Series, ...]
     ) -> Attention:
-        c, read = self.config, self.checkpoint
-        of = {s.name: s for s in series}
-        w_in = [(read.matrix(f"{prefix}.{n}"), self.dtype) for n in ("wq_a", "wkv")]
-        w_q = [(read.matrix(f"{prefix}.wq_b"), self.dtype)]
+        c, of = self.config, {s.name: s for s in series}
+        w_in = [Part((f"{prefix}.{name}",)) for name in ("wq_a", "wkv")]
+        w_q = [Part((f"{prefix}.wq_b",))]
         compressor = indexer = None
         if plan.compressed:
-            w_in.append((self._values(f"{prefix}.compressor"), self.ops.wide))
+            w_in.append(_values(f"{prefix}.compressor"))
             compressor = self._compressor(
                 f"{prefix}.compressor", of[f"attn{plan.ratio}"], self.rows.attention
             )
         if plan.indexed:
             name = f"{prefix}.indexer"
-            w_in.append((self._values(f"{name}.compressor"), self.ops.wide))
-            w_in.append((read.matrix(f"{name}.weights_proj"), self.dtype))
-            w_q.append((read.matrix(f"{name}.wq_b"), self.dtype))
+            w_in += [_values(f"{name}.compressor"), Part((f"{name}.weights_proj",))]
+            w_q.append(Part((f"{name}.wq_b",)))
             indexer = self._compressor(
                 f"{name}.compressor", of[f"index{plan.ratio}"], self.rows.index
             )
-        wo_a = read.matrix(f"{prefix}.wo_a").reshape(c.o_groups, c.o_lora_rank, -1)
         return Attention(
             layer=plan,
             slot=slot,
             fused=self.fused,
-            w_in=self.ops.pack(w_in),
-            w_q=self.ops.pack(w_q),
-            wo_a=self.ops.pack([(wo_a, self.dtype)]),
+            w_in=self.maps.pack(w_in),
+            w_q=self.maps.pack(w_q),
+            wo_a=self.maps.grouped(f"{prefix}.wo_a", c.o_groups),
             wo_b=self._linear(f"{prefix}.wo_b"),
             q_norm=self._vector(f"{prefix}.q_norm.weight"),
             kv_norm=self._vector(f"{prefix}.kv_norm.weight"),
@@ -161,11 +160,6 @@ class Loader:
             n_chosen=c.index_topk,
             rows=self.rows.attention,
         )
-
-    def _values(self, prefix: str) -> F32:
-        """wkv above wgate: one projection gives a compressor's values and scores."""
-        matrix = self.checkpoint.matrix
-        return np.concatenate([matrix(f"{prefix}.wkv"), matrix(f"{prefix}.wgate")])
 
     def _ape(self, prefix: str) -> F32:
         """[r, 2*c*d]: zeros for the values, the checkpoint's bias for the scores."""
@@ -183,19 +177,13 @@ class Loader:
     def _feed_forward(self, prefix: str, plan: LayerPlan) -> MoE:
         read = self.checkpoint
         shared = f"{prefix}.shared_experts"
-        w_in = self.ops.pack(
-            [
-                (read.matrix(f"{prefix}.gate"), self.ops.wide),
-                (read.matrix(f"{shared}.w1"), self.dtype),
-                (read.matrix(f"{shared}.w3"), self.dtype),
-            ]
-        )
+        w_in = [Part((f"{prefix}.gate",), wide=True), Part((f"{shared}.w1",))]
         self.experts.weights[plan.index] = self._experts(plan.index, f"{prefix}.experts")
         hashed, gate = plan.hash_routed, f"{prefix}.gate"
         return MoE(
             index=plan.index,
             fused=self.fused,
-            w_in=w_in,
+            w_in=self.maps.pack([*w_in, Part((f"{shared}.w3",))]),
             shared_w2=self._linear(f"{shared}.w2"),
             bias=None if hashed else self._vector(f"{gate}.bias"),
             tid2eid=self.ops.array(read.integers(f"{gate}.tid2eid")) if hashed else None,
@@ -225,6 +213,11 @@ class Loader:
             PackedWeight(records, (gate, up), c.hidden_size),
             PackedWeight(records, (down,), c.moe_intermediate_size),
         )
+
+
+def _values(prefix: str) -> Part:
+    """wkv above wgate: one projection gives a compressor's values and scores."""
+    return Part((f"{prefix}.wkv", f"{prefix}.wgate"), wide=True)
 
 
 def _check_rounding(config: ModelConfig) -> None:

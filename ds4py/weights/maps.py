@@ -1,0 +1,70 @@
+"""The linear maps of a checkpoint in the form a set of operations takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ds4py.kernels.ops import F32, Array, Dtype, Ops, Weight
+from ds4py.weights.source import Source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Maps that lie one above the other and give results of one type."""
+
+    names: tuple[str, ...]
+    wide: bool = False
+    """Results in the type of sums, not of activations."""
+
+
+class Maps(Protocol):
+    """What the loader asks for; names as in `Source.matrix`."""
+
+    def pack(self, parts: Sequence[Part]) -> Weight:
+        """Maps that share an input."""
+        ...
+
+    def grouped(self, name: str, n_groups: int) -> Weight:
+        """One map per group of inputs, stored one above the other."""
+        ...
+
+    def table(self, name: str) -> Array:
+        """Rows to look up, [n, width]."""
+        ...
+
+    def mix(self, name: str) -> Weight:
+        """A hyper-connection's fn, always in full; `name` is the tensor's."""
+        ...
+
+
+@dataclass(frozen=True)
+class FloatMaps:
+    """`Maps` for `Ops`."""
+
+    source: Source
+    ops: Ops
+    dtype: Dtype
+
+    def pack(self, parts: Sequence[Part]) -> Weight:
+        return self.ops.pack([(self._read(p), self._dtype(p)) for p in parts])
+
+    def grouped(self, name: str, n_groups: int) -> Weight:
+        w = self.source.matrix(name)
+        return self.ops.pack([(w.reshape(n_groups, -1, w.shape[1]), self.dtype)])
+
+    def table(self, name: str) -> Array:
+        return self.ops.array(self.source.matrix(name)).astype(self.dtype)
+
+    def mix(self, name: str) -> Weight:
+        return self.ops.pack([(self.source.floats(name), self.ops.wide)])
+
+    def _read(self, part: Part) -> F32:
+        maps = [self.source.matrix(name) for name in part.names]
+        return maps[0] if len(maps) == 1 else np.concatenate(maps)
+
+    def _dtype(self, part: Part) -> Dtype:
+        return self.ops.wide if part.wide else self.dtype
