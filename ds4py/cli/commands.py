@@ -72,6 +72,34 @@ ContextSize = Annotated[
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
 ]
+Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")]
+Port = Annotated[
+    int | None,
+    typer.Option(min=0, max=65535, metavar="N", help="TCP port. Default: 8000, none with --uds."),
+]
+UnixSocket = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Listen on this Unix socket, mode 0600.")
+]
+ApiKey = Annotated[
+    str | None, typer.Option(metavar="KEY", envvar="DS4_API_KEY", help="What clients must send.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Let other machines connect without a key.")
+]
+Slots = Annotated[
+    int, typer.Option(min=1, max=64, metavar="N", help="Answers written at the same time.")
+]
+Queue = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Requests that may wait; more are refused.")
+]
+ThinkFirst = Annotated[
+    bool, typer.Option("--think/--no-think", help="Reason first where a request does not say.")
+]
+StrictModel = Annotated[bool, typer.Option("--strict-model", help="Refuse names of other models.")]
+MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="Longest body of a request.")]
+Grace = Annotated[
+    float, typer.Option(min=0, metavar="S", help="Seconds answers may take after SIGTERM.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -199,6 +227,47 @@ def chat(
     from ds4py.cli.chat import run
 
     return run(settings, resume)
+
+
+@app.command(short_help="Answer over HTTP: OpenAI's and Anthropic's APIs.")
+def serve(
+    model: Model = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    uds: UnixSocket = None,
+    api_key: ApiKey = None,
+    insecure: Insecure = False,
+    slots: Slots = 4,
+    queue: Queue = 64,
+    think: ThinkFirst = True,
+    strict_model: StrictModel = False,
+    max_body: MaxBody = "64MB",
+    grace: Grace = 10.0,
+    context: ContextSize = None,
+    memory: Memory = None,
+) -> int:
+    """Answer over HTTP: chat completions, completions, responses and messages.
+
+    Ctrl-C or SIGTERM stops it: answers may finish for a while, then it ends. With --uds and no
+    --port there is no TCP.
+    """
+    settings = Settings(model=given.choose_model(model), context=context, memory=memory)
+    from ds4py.cli.serve import ServeOptions, run
+
+    options = ServeOptions(
+        host=host,
+        port=8000 if port is None and uds is None else port,
+        uds=uds,
+        api_key=api_key,
+        insecure=insecure,
+        slots=slots,
+        queue=queue,
+        thinking=think,
+        strict_model=strict_model,
+        max_body=max_body,
+        grace_s=grace,
+    )
+    return run(settings, options)
 
 
 @app.command(short_help="Show what a model is.")

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 HEAVY = {"mlx", "numpy", "torch", "transformers", "tokenizers", "sentencepiece", "safetensors"}
-HEAVY |= {"huggingface_hub", "numba", "httpx2"}
+HEAVY |= {"huggingface_hub", "numba", "httpx2", "asyncio"}
+HEAVY |= {"starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance"}
 
 HELP = """
 from ds4py.cli.app import main

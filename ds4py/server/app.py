@@ -1,0 +1,327 @@
+"""The application: paths, and what holds for every request whatever its protocol.
+
+Who may ask (key, Host, Origin), how long a body may be and how long it may take to arrive, and in
+which shape errors are told. The work itself is in the protocol files and the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ds4py.errors import InputError
+from ds4py.server import body as bodies
+from ds4py.server.errors import ApiError, NotReady
+from ds4py.server.openai_chat import ChatBody, ChatExchange
+from ds4py.server.prompt import PromptWriter
+from ds4py.server.respond import Exchange, Inbox, Pace, Stream, Whole, to_json
+from ds4py.server.worker import Worker
+
+log = logging.getLogger("ds4.server")
+AnyBody = TypeVar("AnyBody", bound=bodies.Body)
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+REQUEST_ID = "ds4.request_id"
+OPEN_PATHS = ("/health", "/")
+"""Paths that need no key: a page without secrets and the question whether anybody is there."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the server's owner decides."""
+
+    api_key: str | None = None
+    check_host: bool = True
+    """Refuse other names than this machine's: a web page cannot reach us by a name of its own."""
+    strict_model: bool = False
+    """Refuse names of models that are not ours. Otherwise any name means the one there is."""
+    thinking: bool = True
+    """Whether reasoning is on where a request of the OpenAI APIs says nothing."""
+    max_body: int = 64 << 20
+    body_s: float = 60.0
+    """How long a body may take to arrive."""
+    pace: Pace = field(default_factory=Pace)
+
+
+class Service:
+    """What the endpoints work with."""
+
+    def __init__(self, worker: Worker, rules: Rules) -> None:
+        self.worker = worker
+        self.rules = rules
+        self.created = int(time.time())
+        self._writer: PromptWriter | None = None
+
+    @property
+    def writer(self) -> PromptWriter:
+        """Raises NotReady while the model is being loaded."""
+        if self._writer is None:
+            engine = self.worker.engine
+            if engine is None:
+                done, total = self.worker.loading
+                share = f" ({100 * done // total} %)" if total else ""
+                raise NotReady(f"the model is being loaded{share}; try again")
+            assert engine.tokenizer is not None
+            self._writer = PromptWriter(
+                engine.tokenizer, engine.context, engine.config.vocab_size, engine.name
+            )
+        return self._writer
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for a name that is not ours, where that is wanted."""
+        if self.rules.strict_model and name not in ("", self.writer.model):
+            raise ApiError(
+                f"there is no model {name!r}; there is {self.writer.model}",
+                404,
+                param="model",
+                code="model_not_found",
+            )
+
+    async def answer(self, make: Callable[[], Exchange]) -> Response:
+        """Run an exchange. It is made on a thread: writing a long prompt takes a while."""
+        exchange = await asyncio.to_thread(make)
+        inbox = Inbox(self.worker, exchange.requests)
+        kind = Stream if exchange.streaming else Whole
+        return kind(exchange, inbox, self.rules.pace, lambda ids, turn: None)
+
+
+async def read_body(request: HttpRequest, model: type[AnyBody]) -> AnyBody:
+    """The request's body, checked. Raises ApiError."""
+    rules: Rules = request.app.state.service.rules
+    too_long = ApiError(f"the body is longer than {rules.max_body} bytes", 413)
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared[:20]) > rules.max_body:
+        raise too_long
+    data = bytearray()
+    try:
+        async with asyncio.timeout(rules.body_s):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > rules.max_body:
+                    raise too_long
+    except TimeoutError:
+        raise ApiError(f"the body did not arrive within {rules.body_s:g} s", 408) from None
+    encoding = request.headers.get("content-encoding", "").lower()
+
+    def check() -> AnyBody:
+        return bodies.checked(model, bodies.decode(bytes(data), encoding, rules.max_body))
+
+    # Small bodies are checked at once: a thread costs more than the check.
+    return check() if len(data) < 1 << 16 else await asyncio.to_thread(check)
+
+
+async def chat_completions(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    body = await read_body(request, ChatBody)
+    writer = service.writer
+    service.check_model(body.model)
+    return await service.answer(lambda: ChatExchange(body, writer, service.rules.thinking))
+
+
+class TokenizeBody(bodies.Body):
+    """A text, or token ids."""
+
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+    HARMLESS = frozenset({"model", "parse_special"})
+
+
+class DetokenizeBody(bodies.Body):
+    """Token ids."""
+
+    tokens: list[int]
+    HARMLESS = frozenset({"model"})
+
+
+async def tokenize(request: HttpRequest) -> Response:
+    body = await read_body(request, TokenizeBody)
+    tokenizer = request.app.state.service.writer.tokenizer
+    try:
+        ids = await asyncio.to_thread(tokenizer.encode, body.content)
+    except InputError as error:
+        raise ApiError(str(error), param="content") from error
+    if body.add_special:
+        ids = [tokenizer.bos_id, *ids]
+    if not body.with_pieces:
+        return reply({"tokens": ids, "count": len(ids)})
+    pieces = [{"id": i, "piece": tokenizer.piece(i).decode("utf-8", "replace")} for i in ids]
+    return reply({"tokens": pieces, "count": len(ids)})
+
+
+async def detokenize(request: HttpRequest) -> Response:
+    body = await read_body(request, DetokenizeBody)
+    writer = request.app.state.service.writer
+    bad = next((i for i in body.tokens if not 0 <= i < writer.vocab_size), None)
+    if bad is not None:
+        raise ApiError(f"{bad} is no token; need ids below {writer.vocab_size}", param="tokens")
+    return reply({"content": await asyncio.to_thread(writer.tokenizer.decode, body.tokens)})
+
+
+def _model_object(service: Service, anthropic: bool) -> dict[str, Any]:
+    """The model under the names by which clients look for its context."""
+    writer = service.writer
+    described = {
+        "id": writer.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "ds4",
+        "context_length": writer.context,
+        "max_model_len": writer.context,
+        "meta": {"n_ctx": writer.context, "n_ctx_train": writer.context},
+    }
+    if anthropic:
+        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.created))
+        described |= {"type": "model", "display_name": writer.model, "created_at": made}
+    return described
+
+
+async def models(request: HttpRequest) -> Response:
+    anthropic = "anthropic-version" in request.headers
+    found = _model_object(request.app.state.service, anthropic)
+    ends = {"has_more": False, "first_id": found["id"], "last_id": found["id"]}
+    return reply({"object": "list", "data": [found], **(ends if anthropic else {})})
+
+
+async def one_model(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    found = _model_object(service, "anthropic-version" in request.headers)
+    name = request.path_params["name"]
+    if name != found["id"]:
+        raise ApiError(
+            f"there is no model {name!r}; there is {found['id']}",
+            404,
+            param="model",
+            code="model_not_found",
+        )
+    return reply(found)
+
+
+async def health(request: HttpRequest) -> Response:
+    """200 once the model is loaded, 503 before."""
+    worker: Worker = request.app.state.service.worker
+    if worker.engine is None:
+        done, total = worker.loading
+        return reply({"status": "loading", "done": done, "total": total}, 503)
+    return reply({"status": "ok", "active": worker.n_active, "waiting": worker.n_waiting})
+
+
+async def root(request: HttpRequest) -> Response:
+    return reply({"name": "ds4", "models": "/v1/models"})
+
+
+def reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(to_json(value), status, headers, media_type="application/json")
+
+
+def error_reply(scope: Scope, error: ApiError) -> Response:
+    """An error in the shape of the API that the path belongs to."""
+    if scope["path"].startswith("/v1/messages"):
+        value = error.anthropic(scope[REQUEST_ID])
+        overloaded = value["error"]["type"] == "overloaded_error"
+        return reply(value, 529 if overloaded else error.status, error.headers())
+    return reply(error.openai(), error.status, error.headers())
+
+
+async def told(request: HttpRequest, failure: Exception) -> Response:
+    """What a client is told about any exception."""
+    return error_reply(request.scope, as_api_error(failure))
+
+
+class Guard:
+    """Everything that is decided before an endpoint sees the request."""
+
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self.app, self.rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request_id = scope[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
+        scope["path"] = scope["path"].rstrip("/") or "/"
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = request_id
+            await send(message)
+
+        try:
+            self.check(scope)
+        except ApiError as error:
+            await error_reply(scope, error)(scope, receive, send_marked)
+            return
+        await self.app(scope, receive, send_marked)
+
+    def check(self, scope: Scope) -> None:
+        """Raise ApiError for a caller who may not ask."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        by_tcp = (scope.get("server") or (None, None))[1] is not None
+        if by_tcp and self.rules.check_host and not _is_local(host):
+            raise ApiError(f"the Host {host[:80]!r} is not this server", 403)
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ApiError(f"pages of {origin[:80]!r} may not use this server", 403)
+        if self.rules.api_key is None or scope["path"] in OPEN_PATHS:
+            return
+        given = headers.get("x-api-key") or headers.get("authorization", "")
+        key = given.removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(key, self.rules.api_key.encode()):
+            raise ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
+
+
+def _is_local(host: str) -> bool:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    return name.lower() in LOCAL_HOSTS
+
+
+def as_api_error(failure: Exception) -> ApiError:
+    """Any exception as an ApiError."""
+    if isinstance(failure, ApiError):
+        return failure
+    if isinstance(failure, HTTPException):
+        said = {404: "there is nothing at this path", 405: "this path has another method"}
+        text = said.get(failure.status_code, failure.detail)
+        return ApiError(text, failure.status_code, extra=dict(failure.headers or {}))
+    log.error("a request failed", exc_info=failure)
+    return ApiError("the server failed; see its log", 500)
+
+
+def make_app(worker: Worker, rules: Rules) -> ASGIApp:
+    """The application. `worker` may still be loading its model."""
+
+    def route(
+        path: str, endpoint: Callable[[HttpRequest], Awaitable[Response]], *methods: str
+    ) -> Route:
+        return Route(path, endpoint, methods=list(methods))
+
+    app = Starlette(
+        routes=[
+            route("/v1/chat/completions", chat_completions, "POST"),
+            route("/v1/models", models, "GET"),
+            route("/v1/models/{name:path}", one_model, "GET"),
+            route("/tokenize", tokenize, "POST"),
+            route("/detokenize", detokenize, "POST"),
+            route("/health", health, "GET"),
+            route("/", root, "GET"),
+        ],
+        exception_handlers={HTTPException: told, ApiError: told, Exception: told},
+    )
+    app.state.service = Service(worker, rules)
+    return Guard(app, rules)

@@ -1,0 +1,300 @@
+"""From events to bytes on the wire: streams and whole answers, kept alive while a prompt is read.
+
+An Exchange knows one protocol's wire shapes; this module knows time: when to say that the server
+is still there, when the client has gone, and that its answer is then cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ds4py.errors import InputError
+from ds4py.server.errors import ApiError
+from ds4py.server.generation import Turn
+from ds4py.server.request import Chance, Event, Failed, Finished, Reading, Request
+from ds4py.server.worker import Job, Worker
+from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallStart
+
+log = logging.getLogger("ds4.server")
+
+Record = Callable[[list[str], Turn], None]
+"""Keeps a turn under the ids of its calls."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When silence is broken. Agents give up after 300 s without a byte."""
+
+    beat_s: float = 5.0
+    """Between two signs of life in a stream."""
+    whole_s: float = 20.0
+    """After this the status of a whole answer is sent before the answer is known."""
+
+
+@dataclass
+class Answer:
+    """One answer's events, added up."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[dict[str, str]] = field(default_factory=list)
+    """id, name and arguments of each."""
+    chances: list[Chance] = field(default_factory=list)
+    finished: Finished | None = None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Reasoning):
+            self.reasoning += event.text
+        elif isinstance(event, Content):
+            self.content += event.text
+        elif isinstance(event, ToolCallStart):
+            self.calls.append({"id": event.id, "name": event.name, "arguments": ""})
+        elif isinstance(event, ToolCallArguments):
+            self.calls[event.index]["arguments"] += event.text
+        elif isinstance(event, Chance):
+            self.chances.append(event)
+        elif isinstance(event, Finished):
+            self.finished = event
+
+
+class Exchange(Protocol):
+    """One request of one protocol, and how its answers look on the wire."""
+
+    requests: list[Request]
+    streaming: bool
+
+    def event(self, index: int, event: Event) -> str:
+        """Frames for an event of answer `index`."""
+        ...
+
+    def beat(self) -> str:
+        """Frames that say: still here."""
+        ...
+
+    def end(self) -> str:
+        """The last frames, after all answers have finished."""
+        ...
+
+    def fail(self, error: ApiError) -> str:
+        """The last frames when something went wrong."""
+        ...
+
+    def whole(self, answers: list[Answer]) -> dict[str, Any]:
+        """The body that holds the answers."""
+        ...
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        """The body that holds an error."""
+        ...
+
+
+class Inbox:
+    """The events of an exchange's answers, brought from the worker's thread to this loop."""
+
+    def __init__(self, worker: Worker, requests: list[Request]) -> None:
+        """Submits the requests. Raises Busy, NotReady."""
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._worker = worker
+        self._n_delivered = 0  # changed by the worker's thread only
+        self._n_taken = 0
+        self.jobs = [
+            Job(request, self._deliver(index), self._backlog)
+            for index, request in enumerate(requests)
+        ]
+        worker.submit(self.jobs)
+
+    async def next(self, timeout: float) -> tuple[int, Event] | None:
+        """The next event and whose it is; None when there was none for `timeout` seconds.
+
+        Raises ConnectionResetError when the client has gone.
+        """
+        try:
+            item = await asyncio.wait_for(self._queue.get(), timeout)
+        except TimeoutError:
+            return None
+        if item is None:
+            raise ConnectionResetError
+        self._n_taken += 1
+        return item
+
+    def ready(self) -> bool:
+        """Whether `next` would give an event at once."""
+        return not self._queue.empty()
+
+    async def watch(self, receive: Receive) -> None:
+        """Wait until the client has gone; then `next` says so, after what is already there."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.close()
+        self._queue.put_nowait(None)
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        self._worker.cancel(self.jobs)
+
+    def _backlog(self) -> int:
+        return self._n_delivered - self._n_taken
+
+    def _deliver(self, index: int) -> Callable[[list[Event]], None]:
+        def deliver(events: list[Event]) -> None:
+            self._n_delivered += len(events)
+            with contextlib.suppress(RuntimeError):  # the loop ended: nobody is left to read
+                self._loop.call_soon_threadsafe(put, events)
+
+        def put(events: list[Event]) -> None:
+            for event in events:
+                self._queue.put_nowait((index, event))
+
+        return deliver
+
+
+class Answering(Response):
+    """What both kinds of answer do: run the exchange, keep its turns, notice a lost client."""
+
+    def __init__(self, exchange: Exchange, inbox: Inbox, pace: Pace, record: Record) -> None:
+        super().__init__()
+        self._exchange, self._inbox = exchange, inbox
+        self._pace, self._record = pace, record
+        self._answers = [Answer() for _ in exchange.requests]
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.ensure_future(self._inbox.watch(receive))
+        try:
+            await self._run(send)
+        except OSError:
+            pass  # the client has gone, and so has its answer
+        finally:
+            self._inbox.close()
+            watcher.cancel()
+
+    async def _run(self, send: Send) -> None:
+        raise AssertionError("each kind has its own")
+
+    @property
+    def _complete(self) -> bool:
+        return all(answer.finished for answer in self._answers)
+
+    async def _add(self, index: int, event: Event) -> None:
+        """Note an event. Raises ApiError where the answer failed."""
+        if isinstance(event, Failed):
+            raise _as_api_error(event.error)
+        answer = self._answers[index]
+        answer.add(event)
+        generation = self._inbox.jobs[index].generation
+        if isinstance(event, Finished) and answer.calls and generation is not None:
+            turn = generation.turn
+            if turn is not None:
+                ids = [call["id"] for call in answer.calls]
+                await asyncio.to_thread(self._record, ids, turn)
+
+
+class Stream(Answering):
+    """Server-sent events, as they come."""
+
+    def __init__(self, exchange: Exchange, inbox: Inbox, pace: Pace, record: Record) -> None:
+        super().__init__(exchange, inbox, pace, record)
+        self.headers["content-type"] = "text/event-stream; charset=utf-8"
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+
+    async def _run(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            while not self._complete:
+                frames = await self._frames()
+                if frames:
+                    await _send_body(send, frames, more=True)
+            last = self._exchange.end()
+        except OSError:
+            raise
+        except Exception as error:
+            last = self._exchange.fail(_as_api_error(error))
+        await _send_body(send, last, more=False)
+
+    async def _frames(self) -> str:
+        """What is there by now, as one write; a sign of life when there is nothing."""
+        item = await self._inbox.next(self._pace.beat_s)
+        if item is None:
+            return self._exchange.beat()
+        frames = ""
+        while item is not None:
+            await self._add(*item)
+            frames += self._exchange.event(*item)
+            item = await self._inbox.next(0.01) if self._inbox.ready() else None
+        return frames
+
+
+class Whole(Answering):
+    """One JSON body. After a while the status is sent, then white space until the answer is."""
+
+    async def _run(self, send: Send) -> None:
+        self.headers["content-type"] = "application/json"
+        status, started = 200, False
+        try:
+            wait = self._pace.whole_s
+            while not self._complete:
+                item = await self._inbox.next(wait)
+                if item is not None:
+                    await self._add(*item)
+                    continue
+                if not started:
+                    await self._start(send, 200)
+                started, wait = True, self._pace.beat_s
+                await _send_body(send, " ", more=True)
+            body = self._exchange.whole(self._answers)
+        except OSError:
+            raise
+        except Exception as failure:
+            error = _as_api_error(failure)
+            status, body = error.status, self._exchange.error(error)
+            for name, value in error.headers().items():
+                self.headers[name] = value
+        if not started:
+            await self._start(send, status)
+        await _send_body(send, to_json(body), more=False)
+
+    async def _start(self, send: Send, status: int) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": self.raw_headers})
+
+
+def to_json(value: Any) -> str:
+    """JSON for the wire. Half a surrogate pair, which no encoding has, is written as an escape."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"))
+    return text
+
+
+def frame(data: Any, event: str | None = None) -> str:
+    """One server-sent event."""
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {to_json(data)}\n\n"
+
+
+async def _send_body(send: Send, text: str, more: bool) -> None:
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InputError):
+        return ApiError(str(error))
+    log.error("an answer failed", exc_info=error)
+    return ApiError(f"the engine failed ({type(error).__name__}); see the server's log", 500)
+
+
+__all__ = ["Answer", "Exchange", "Inbox", "Pace", "Reading", "Stream", "Whole", "frame", "to_json"]

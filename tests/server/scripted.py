@@ -1,0 +1,175 @@
+"""A model that says what a test wants: at the engine's seam, so that all of the server is real.
+
+Tokens are those of the embedded model's tokenizer. Also runs as a program, for clients in other
+languages: `python -m tests.server.scripted ANSWERS.json` serves each text of the list in turn and
+prints its port.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from ds4py import assets
+from ds4py.engine.session import Token, check_tokens
+from ds4py.server import listen
+from ds4py.server.app import Rules
+from ds4py.server.worker import Worker
+from ds4py.text import tokenizer as tokenizers
+from ds4py.text.detokenizer import Detokenizer
+from ds4py.text.messages import CONTROL_TOKENS, EOS, Segment
+
+_CONTROL = re.compile("(" + "|".join(map(re.escape, CONTROL_TOKENS)) + ")")
+
+
+def segments(text: str) -> list[Segment]:
+    """Text whose control tokens are meant."""
+    pieces = _CONTROL.split(text)
+    return [Segment(piece, control=bool(i % 2)) for i, piece in enumerate(pieces) if piece]
+
+
+@dataclass
+class Script:
+    """What the model answers, one text for each request; the last one stays."""
+
+    answers: list[str]
+    ends: bool = True
+    """Whether an end token follows; otherwise the text comes again and again."""
+    before_token: Callable[[int], None] = lambda position: None
+    before_slice: Callable[[int], None] = lambda position: None
+    prompts: list[list[int]] = field(default_factory=list)
+    """What was asked."""
+    n_open: int = 0
+    """Answers being written now."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def next(self) -> str:
+        with self.lock:
+            return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+class ScriptedSession:
+    """Answers with the script's texts, token by token."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.engine = engine
+        self.tokens: list[int] = []
+
+    @property
+    def position(self) -> int:
+        return len(self.tokens)
+
+    def sync(self, tokens: Sequence[int], progress: Any = None) -> int:
+        check_tokens(list(tokens), self.engine.context, self.engine.config.vocab_size)
+        reused = 0
+        while reused < min(len(tokens), self.position) and self.tokens[reused] == tokens[reused]:
+            reused += 1
+        self.engine.script.before_slice(reused)
+        self.tokens = list(tokens)
+        return reused
+
+    def generate(self, options: Any, constraint: Any = None) -> Iterator[Token]:
+        script, tokenizer = self.engine.script, self.engine.tokenizer
+        script.prompts.append(list(self.tokens))
+        script.n_open += 1
+        try:
+            text = script.next()
+            ids = tokenizer.encode(segments(text + (EOS if script.ends else "")))
+            detokenizer = Detokenizer(tokenizer)
+            limit = self.engine.context - self.position
+            n_tokens = min(options.max_tokens or limit, limit)
+            for n in range(n_tokens):
+                script.before_token(n)
+                token = ids[n % len(ids)]
+                self.tokens.append(token)
+                ended = token == tokenizer.eos_id
+                last = ended or n + 1 == n_tokens
+                text = "" if ended else detokenizer.push(token)
+                reason = ("stop" if ended else "length") if last else None
+                yield Token(token, text + (detokenizer.flush() if last else ""), reason)
+                if last:
+                    return
+        finally:
+            script.n_open -= 1
+
+
+class ScriptedEngine:
+    """What the server uses of an Engine."""
+
+    name = "scripted"
+
+    def __init__(self, script: Script, context: int = 16384) -> None:
+        self.script = script
+        self.context = context
+        self.tokenizer = tokenizers.load(assets.path("models", "tiny"))
+        self.config = SimpleNamespace(
+            vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.eos_id
+        )
+        self.options = SimpleNamespace(prefill_chunk=512)
+
+    def session(self) -> Any:
+        return ScriptedSession(self)
+
+
+class Running:
+    """A server in a thread of this process, on TCP and, if wanted, a Unix socket."""
+
+    def __init__(
+        self, engine: Any, rules: Rules | None = None, slots: int = 4, queue: int = 64
+    ) -> None:
+        self.worker = Worker(lambda progress: engine, slots, queue)
+        self.engine = engine
+        listener = listen.open_tcp("127.0.0.1", 0)
+        self.address: tuple[str, int] = listener.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._ready = threading.Event()
+        self._stop: Callable[[], object] = lambda: None
+        self._thread = threading.Thread(
+            target=listen.run,
+            args=(self.worker, rules or Rules(), [listener], 0.2, self._announced),
+            daemon=True,
+        )
+
+    def _announced(self, stop: Callable[[], object]) -> None:
+        self._stop = stop
+        self._ready.set()
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        assert self._ready.wait(60)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        connection = socket.create_connection(self.address)
+        connection.settimeout(30)
+        return connection
+
+
+def main() -> None:
+    with open(sys.argv[1], encoding="utf-8") as file:
+        script = Script(json.load(file))
+    listener = listen.open_tcp("127.0.0.1", 0)
+
+    def announce(stop: object) -> None:
+        print(listener.getsockname()[1], flush=True)
+
+    engine: Any = ScriptedEngine(script)
+    worker = Worker(lambda progress: engine, 4, 64)
+    listen.run(worker, Rules(), [listener], 1.0, announce)
+
+
+if __name__ == "__main__":
+    main()
