@@ -1,0 +1,73 @@
+"""Matrices in the bytes they are stored in, as the kernels read them.
+
+metal/include/formats.h is the other side of this: the same codes and the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ds4py.formats import fp_blocks
+from ds4py.formats.gguf_blocks import FORMATS, block_format, decode, decode_mlx
+from ds4py.kernels.ops import Array
+
+PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
+"""Formats of rows without blocks, and the bytes of a value."""
+FP8 = "FP8"
+"""A row's E4M3 codes, then one E8M0 scale for every 128 of them."""
+CODES = {"F32": 0, "F16": 1, "BF16": 30, FP8: 128} | {f.name: f.gguf_type for f in FORMATS.values()}
+"""What the kernels call a format."""
+OCTET = 8
+"""Values a lane reads at a time: rows are a multiple of it long."""
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """One linear map [out, in], or several of them one below the other."""
+
+    format: str
+    """A key of CODES."""
+    rows: Array
+    """uint8 [out, bytes of a row], beginning at a multiple of 16 bytes in its buffer."""
+    n_in: int
+
+    def __post_init__(self) -> None:
+        want = row_bytes(self.format, self.n_in)
+        assert self.n_in % OCTET == 0, f"{self.n_in} inputs are not a multiple of {OCTET}"
+        assert self.rows.shape[1:] == (want,), f"rows {self.rows.shape} are not {want} bytes long"
+
+    @property
+    def code(self) -> int:
+        return CODES[self.format]
+
+
+def row_bytes(name: str, n_in: int) -> int:
+    """Bytes of a row of `n_in` values. WeightsError when no whole number of blocks fits."""
+    if name in PLAIN:
+        return PLAIN[name] * n_in
+    if name == FP8:
+        return n_in + -(-n_in // fp_blocks.FP8_BLOCK)
+    return block_format(name).row_bytes(n_in)
+
+
+def unpack(name: str, rows: Array, n_in: int) -> Array:
+    """uint8 [..., bytes of a row] -> float32 [..., n_in], lazily where the rows are MLX's."""
+    lazy = isinstance(rows, mx.array)
+    if name == "BF16" and not lazy:
+        return fp_blocks.decode_bf16(np.ascontiguousarray(rows).view(np.uint16))
+    if name in PLAIN:
+        if not lazy:
+            kind = np.dtype(np.float32 if name == "F32" else np.float16)
+            return np.ascontiguousarray(rows).view(kind).astype(np.float32)
+        return rows.view({"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[name]).astype(
+            mx.float32
+        )
+    if name == FP8:
+        xp = mx if lazy else np
+        codes, scales = xp.array(fp_blocks.E4M3), xp.array(fp_blocks.E8M0)
+        scale = xp.repeat(scales[rows[..., n_in:]], fp_blocks.FP8_BLOCK, -1)
+        return codes[rows[..., :n_in]] * scale[..., :n_in]
+    return (decode_mlx if lazy else decode)(name, rows)
