@@ -43,3 +43,11 @@ class PullError(InputError):
 
 class KernelError(DS4Error):
     """A Metal kernel cannot be read, compiled or run here."""
+
+
+class CapacityError(InputError):
+    """There is no memory for another session now. `retry_after`: seconds; None: never will be."""
+
+    def __init__(self, message: str, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -21,6 +21,7 @@ counts them can be used. What lies beyond a count is stale.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from ds4py.config import ModelConfig
@@ -164,25 +165,53 @@ LARGEST_STEP = 16384
 """Rows a store grows by at most: until then it doubles."""
 
 
+def capacity(n_rows: int) -> int:
+    """Rows to allocate for `n_rows`: growing copies little, and little is left empty."""
+    rows = 0
+    while rows < n_rows:
+        rows += min(max(rows, FIRST_CAPACITY), LARGEST_STEP)
+    return rows
+
+
 class RowStore:
-    """Append-only rows of all layers of one series: [layers, capacity, width]."""
+    """Append-only rows of all layers of one series: [layers, capacity, width].
+
+    Copy on write: a store that was shared keeps the array and may append to it; it moves to a new
+    one before it overwrites rows that others read. The store it was shared with reads the same
+    array and moves before its first write.
+    """
 
     def __init__(self, ops: Ops, n_layers: int, width: int, dtype: Dtype):
         self._ops = ops
         self.data: Array = ops.zeros((n_layers, 0, width), dtype)
+        self._borrowed = False
+        self._lent = 0
+        """Rows that others may still read."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one layer's row."""
+        return int(self.data.itemsize) * int(self.data.shape[2])
+
+    def share(self, n_rows: int) -> RowStore:
+        """A store whose first n rows are these, without a copy."""
+        other = copy.copy(self)
+        other._borrowed, other._lent = True, n_rows
+        self._lent = max(self._lent, n_rows)
+        return other
 
     def write(self, start: int, rows: Array) -> None:
         """Place rows [layers, n, width] at start, growing when needed."""
         end = start + rows.shape[1]
-        self._reserve(end)
+        if self._borrowed or start < self._lent:
+            self._move(start, end)
+        elif end > self.data.shape[1]:
+            self._move(self.data.shape[1], end)
         self.data[:, start:end] = rows
 
-    def _reserve(self, n_rows: int) -> None:
-        n_layers, capacity, width = self.data.shape
-        if n_rows <= capacity:
-            return
-        grown = capacity
-        while grown < n_rows:
-            grown += min(max(grown, FIRST_CAPACITY), LARGEST_STEP)
-        room = self._ops.zeros((n_layers, grown - capacity, width), self.data.dtype)
-        self.data = self._ops.concatenate([self.data, room], axis=1)
+    def _move(self, n_kept: int, n_rows: int) -> None:
+        """To a new array with the first rows of the old one and room for `n_rows`."""
+        n_layers, _, width = self.data.shape
+        room = self._ops.zeros((n_layers, capacity(n_rows) - n_kept, width), self.data.dtype)
+        self.data = self._ops.concatenate([self.data[:, :n_kept], room], axis=1)
+        self._borrowed, self._lent = False, 0

@@ -1,19 +1,20 @@
 """The state of one sequence: window rows, compressed rows, and the frontier of every compressor.
 
 `model.step` reads it and returns a `Delta`; `SequenceState.commit` takes the first n positions of
-a delta. Nothing else writes. What a commit replaces is one immutable `Frontier`, so a reference to
-an old one is a checkpoint: `restore` goes back to it exactly, as long as the compressed rows below
-it are still this sequence's.
+a delta. Nothing else writes. What a commit replaces is one immutable `Frontier`, so an old one is a
+checkpoint: `restore` goes back to it exactly, as long as the compressed rows below it are still
+this sequence's. A fork shares those rows until one of the two writes where the other reads.
 
 Shapes: L layers, W window, r ratio, c overlap (2 for ratio 4, else 1), d row width.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ds4py.cache.rows import RowFormats, RowStore
+from ds4py.cache.rows import RowFormats, RowStore, capacity
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels.ops import Array, Ops
 
@@ -36,6 +37,10 @@ class Series:
     def history(self) -> int:
         """Tokens whose values and scores the next row may still need: c*r - 1."""
         return self.overlap * self.ratio - 1
+
+    def needed(self, position: int) -> int:
+        """How many of the `history` tokens rows completed after `position` tokens still pool."""
+        return position % self.ratio + (self.overlap - 1) * self.ratio
 
     def count(self, position: int) -> int:
         """Complete rows after `position` tokens."""
@@ -88,7 +93,11 @@ class Frontier:
     """The last W-1 rows of every layer as stored, oldest first, [L, W-1, width]."""
     values: dict[str, Array]
     """Per series: the last c*r - 1 tokens' values and scores, [layers, c*r - 1, 2*c*d] float32.
-    Before the sequence: value 0, score -inf."""
+    Before the sequence: value 0, score -inf. A checkpoint keeps the end that is needed."""
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self.window.nbytes) + sum(int(v.nbytes) for v in self.values.values())
 
 
 class SequenceState:
@@ -111,13 +120,14 @@ class SequenceState:
         self._read: tuple[Frontier, Array] | None = None
 
     def _empty(self) -> Frontier:
-        ops, values = self.ops, {}
-        for s in self.series:
-            half = (len(s.layers), s.history, s.overlap * s.width)
-            zero = ops.zeros(half, ops.wide)
-            values[s.name] = ops.concatenate([zero, zero - float("inf")], axis=-1)
-        window = ops.zeros(self._window_shape, self._window_format.stored_dtype)
+        values = {s.name: self._before(s, s.history) for s in self.series}
+        window = self.ops.zeros(self._window_shape, self._window_format.stored_dtype)
         return Frontier(0, window, values)
+
+    def _before(self, s: Series, n_tokens: int) -> Array:
+        """Values and scores of tokens that pool to nothing."""
+        zero = self.ops.zeros((len(s.layers), n_tokens, s.overlap * s.width), self.ops.wide)
+        return self.ops.concatenate([zero, zero - float("inf")], axis=-1)
 
     @property
     def position(self) -> int:
@@ -144,27 +154,52 @@ class SequenceState:
 
     def commit(self, delta: Delta, n_tokens: int) -> None:
         """Take the first `n_tokens` positions of a delta made at this state's position."""
-        assert 0 <= n_tokens <= delta.n_tokens
         if n_tokens == 0:
             return
-        ops, old = self.ops, self.frontier
-        end = old.position + n_tokens
-        values = {}
+        frontier, old = self.after(delta, n_tokens), self.position
         for s in self.series:
-            parts = [delta.layers[layer] for layer in s.layers]
-            new = ops.stack([part.values[s.name][:n_tokens] for part in parts])
-            values[s.name] = _last(ops, old.values[s.name], new, s.history)
-            n_rows = s.count(end) - s.count(old.position)
+            n_rows = s.count(frontier.position) - s.count(old)
             if n_rows:
-                rows = ops.stack([part.rows[s.name][:n_rows] for part in parts])
-                self.rows[s.name].write(s.count(old.position), rows)
+                parts = [delta.layers[layer].rows[s.name][:n_rows] for layer in s.layers]
+                self.rows[s.name].write(s.count(old), self.ops.stack(parts))
+        self.frontier = frontier  # the one assignment that makes it real
+
+    def after(self, delta: Delta, n_tokens: int) -> Frontier:
+        """The frontier that `commit(delta, n_tokens)` would leave."""
+        assert 0 < n_tokens <= delta.n_tokens
+        ops, old, values = self.ops, self.frontier, {}
+        for s in self.series:
+            parts = [delta.layers[layer].values[s.name][:n_tokens] for layer in s.layers]
+            values[s.name] = _last(ops, old.values[s.name], ops.stack(parts), s.history)
         window = ops.stack([part.window[:n_tokens] for part in delta.layers])
         window = _last(ops, old.window, window, old.window.shape[1])
-        self.frontier = Frontier(end, window, values)  # the one assignment that makes it real
+        return Frontier(old.position + n_tokens, window, values)
+
+    def checkpoint(self, frontier: Frontier) -> Frontier:
+        """The same without what no later row needs: at multiples of every ratio, nearly nothing."""
+        values = {}
+        for s in self.series:
+            whole, n = frontier.values[s.name], s.needed(frontier.position)
+            values[s.name] = self.ops.copy(whole[:, whole.shape[1] - n :])
+        return Frontier(frontier.position, frontier.window, values)
 
     def restore(self, frontier: Frontier) -> None:
-        """Go back to an earlier frontier of this same sequence."""
-        self.frontier = frontier
+        """Go back to an earlier frontier of this same sequence, whole or as a checkpoint."""
+        values = {}
+        for s in self.series:
+            kept = frontier.values[s.name]
+            before = self._before(s, s.history - kept.shape[1])
+            values[s.name] = self.ops.concatenate([before, kept], axis=1)
+        self.frontier = Frontier(frontier.position, frontier.window, values)
+
+    def fork(self, frontier: Frontier) -> SequenceState:
+        """A second sequence that begins at a frontier of this one and shares the rows below it."""
+        other = copy.copy(self)
+        other.rows = {
+            s.name: self.rows[s.name].share(s.count(frontier.position)) for s in self.series
+        }
+        other.restore(frontier)
+        return other
 
     def reset(self) -> None:
         """Back to the empty sequence."""
@@ -172,15 +207,21 @@ class SequenceState:
 
     def pending(self) -> list[Array]:
         """The arrays to evaluate after a commit, so that no graph grows over steps."""
-        return self._arrays() if self.ops.lazy else []
+        if not self.ops.lazy:
+            return []
+        rows = [store.data for store in self.rows.values()]
+        return [self.frontier.window, *self.frontier.values.values(), *rows]
 
     @property
     def n_bytes(self) -> int:
-        return sum(int(array.nbytes) for array in self._arrays())
+        """Memory of the frontier and the rows, also those another sequence shares."""
+        return self.frontier.n_bytes + sum(int(store.data.nbytes) for store in self.rows.values())
 
-    def _arrays(self) -> list[Array]:
-        rows = [store.data for store in self.rows.values()]
-        return [self.frontier.window, *self.frontier.values.values(), *rows]
+    def n_bytes_at(self, position: int) -> int:
+        """What `n_bytes` would be after `position` tokens."""
+        per_row = {name: store.data.shape[0] * store.row_bytes for name, store in self.rows.items()}
+        rows = (capacity(s.count(position)) * per_row[s.name] for s in self.series)
+        return self._empty().n_bytes + sum(rows)
 
 
 def _last(ops: Ops, old: Array, new: Array, n: int) -> Array:

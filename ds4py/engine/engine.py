@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ds4py import assets
 from ds4py.config import ModelConfig
 from ds4py.engine import memory
+from ds4py.engine.checkpoints import TURNS_KEPT
 from ds4py.engine.options import EngineOptions
 from ds4py.engine.session import Session, check_tokens
 from ds4py.errors import InputError, OptionsError, WeightsError
@@ -25,6 +26,8 @@ from ds4py.hub import manifest, place
 from ds4py.kernels import build
 from ds4py.model.moe import ResidentExperts
 from ds4py.model.mtp import DraftLayer
+from ds4py.text.messages import ASSISTANT, USER
+from ds4py.text.spelling import Spelling
 from ds4py.text.tokenizer import Tokenizer
 from ds4py.weights.files import ModelFiles
 from ds4py.weights.load import Loader
@@ -117,10 +120,32 @@ class Engine:
         session.load(Path(path))
         return session
 
+    def turns(self, tokens: Sequence[int], start: int) -> list[int]:
+        """Positions from `start` on that a later prompt is likely to share: where turns begin.
+
+        Before a user's turn (what comes before may be shared by other conversations), and after
+        the token that opens a reply (what comes after it is rendered anew once reasoning is
+        dropped from the history). The first of a prompt and the last few.
+        """
+        if self.tokenizer is None:
+            return []
+        user, assistant = (self.tokenizer.control_id(text) for text in (USER, ASSISTANT))
+        found = [
+            at + (token == assistant)
+            for at, token in enumerate(tokens)
+            if token in (user, assistant)
+        ]
+        return sorted({at for at in found[:1] + found[-TURNS_KEPT:] if at >= max(start, 1)})
+
     @property
     def experts(self) -> ResidentExperts:
         """The routed experts of all layers."""
         return self._loader.experts
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """What token ids say as text."""
+        return Spelling(self.tokenizer)
 
     @cached_property
     def draft(self) -> DraftLayer:

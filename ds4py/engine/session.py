@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from ds4py.cache import snapshot
-from ds4py.engine.checkpoints import GRID, Checkpoints
+from ds4py.cache.state import Frontier
+from ds4py.engine.checkpoints import GRID, MOST_BYTES, Checkpoints
 from ds4py.engine.decode import decode
 from ds4py.engine.options import SamplingOptions
 from ds4py.engine.sampling import Constraint, Logprobs, Sampler, logprobs
 from ds4py.engine.stopping import StopStrings
 from ds4py.errors import OptionsError, PromptError
 from ds4py.text.detokenizer import Detokenizer
+from ds4py.text.spelling import common_prefix
 
 if TYPE_CHECKING:
     from ds4py.engine.engine import Engine
@@ -45,13 +47,15 @@ class Token:
 class Session:
     """Made by `Engine.session()`. Used by one thread."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, checkpoint_bytes: int = MOST_BYTES):
         self._engine = engine
         self._model = engine.model
         self._state = engine.model.new_state()
         self._tokens: list[int] = []
         self._logits: mx.array | None = None  # [1, V] after the last token
-        self._checkpoints = Checkpoints()
+        self._checkpoints = Checkpoints(checkpoint_bytes)
+        self.reused = 0
+        """How many tokens the last `sync` found in the state."""
 
     @property
     def tokens(self) -> list[int]:
@@ -69,15 +73,49 @@ class Session:
         Raises PromptError when the prefix is empty, too long or has ids the model lacks; the
         session is then as before.
         """
+        for done, total in self.sync_slices(tokens):
+            if progress is not None:
+                progress("prefill", done, total)
+        return self.reused
+
+    def sync_slices(
+        self, tokens: Sequence[int], chunk: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """`sync` in slices of at most `chunk` tokens: yields (done, total) after each.
+
+        Between two slices other sessions may run, and the iterator may be dropped: the session
+        then holds what was read. What can be reused is found at the call (`reused`), which raises
+        as `sync` does.
+        """
         wanted = [int(token) for token in tokens]
         check_tokens(wanted, self._engine.context, self._engine.config.vocab_size)
-        common = _common_prefix(self._tokens, wanted)
-        if common == len(wanted) == self.position and self._logits is not None:
+        common = common_prefix(self._tokens, wanted)
+        if not (common == len(wanted) == self.position and self._logits is not None):
+            self._return_to(min(common, len(wanted) - 1))  # the last token gives the logits
+        self.reused = self.position
+        return self._prefill(wanted, chunk or self._engine.options.prefill_chunk)
+
+    def reusable(self, tokens: Sequence[int]) -> int:
+        """How many tokens `sync(tokens)` would reuse. Changes nothing."""
+        common = common_prefix(self._tokens, tokens)
+        if common == self.position and (common < len(tokens) or self._logits is not None):
             return common
-        self._return_to(min(common, len(wanted) - 1))  # the last token gives the logits
-        reused = self.position
-        self._prefill(wanted, progress)
-        return reused
+        found = self._checkpoints.best(min(common, len(tokens) - 1))
+        return found.position if found else 0
+
+    def fork(self, position: int) -> Session:
+        """A second session with the tokens up to `position`, or up to the best checkpoint before.
+
+        Rows are shared until one of the two writes where the other reads.
+        """
+        other = Session(self._engine)
+        other._checkpoints = self._checkpoints.up_to(position)
+        if position >= self.position == self._state.position:
+            other._state, other._logits = self._state.fork(self._state.frontier), self._logits
+        elif (found := other._checkpoints.best(position)) is not None:
+            other._state = self._state.fork(found)
+        other._tokens = self._tokens[: other._state.position]
+        return other
 
     def rewind(self, position: int) -> None:
         """Go back to the first `position` tokens, exactly as if the rest had never been."""
@@ -125,14 +163,21 @@ class Session:
         state = self._model.new_state()
         tokens, logits = snapshot.load(Path(path), state, self._engine.identity)
         check_tokens(tokens, self._engine.context, self._engine.config.vocab_size)
-        self._state, self._logits, self._checkpoints = state, logits, Checkpoints()
-        self._tokens = tokens
-        self._checkpoints.add(state.frontier)
+        self._state, self._logits, self._tokens = state, logits, tokens
+        self._checkpoints.forget_after(0)
+        self._keep(state.frontier)
 
     @property
     def n_bytes(self) -> int:
         """What the state takes in memory."""
         return self._state.n_bytes
+
+    def arrays(self) -> dict[int, int]:
+        """Bytes of each array of state and checkpoints by its identity: forks share some."""
+        rows = [store.data for store in self._state.rows.values()]
+        kept = [self._state.frontier, *self._checkpoints.frontiers()]
+        arrays = rows + [a for f in kept for a in (f.window, *f.values.values())]
+        return {id(array): int(array.nbytes) for array in arrays}
 
     def _tokens_of(
         self, steps: Iterator[tuple[int, mx.array]], options: SamplingOptions, n_tokens: int
@@ -163,7 +208,14 @@ class Session:
         self._logits = logits
         self._engine.counters["decode_tokens"] += 1
         if self.position % GRID == 0 and self._state.position == self.position:
-            self._checkpoints.add(self._state.frontier)
+            self._keep(self._state.frontier)
+
+    def _keep(self, frontier: Frontier, turn: bool = False) -> None:
+        """Take a checkpoint, in memory of its own."""
+        kept = self._state.checkpoint(frontier)
+        if self._state.ops.lazy:
+            mx.async_eval(kept.window, kept.values)  # else its graph keeps the whole frontier
+        self._checkpoints.add(kept, turn)
 
     def _next_logits(self) -> mx.array:
         if self._logits is None:
@@ -188,24 +240,34 @@ class Session:
         if self._state.position != self.position:
             tokens = self.tokens
             self._return_to(len(tokens) - 1)
-            self._prefill(tokens, None)
+            for _ in self._prefill(tokens, self._engine.options.prefill_chunk):
+                pass
 
-    def _prefill(self, tokens: list[int], progress: Progress | None) -> None:
-        """Step over tokens[position:], in chunks that end on the checkpoint grid."""
-        start, chunk = self.position, self._engine.options.prefill_chunk
+    def _prefill(self, tokens: list[int], chunk: int) -> Iterator[tuple[int, int]]:
+        """Step over tokens[position:], in chunks that end on the checkpoint grid.
+
+        Where a turn begins inside a chunk, the checkpoint there costs no step of its own.
+        """
+        start, state = self.position, self._state
+        turns = self._engine.turns(tokens, start)
+        if start in turns:
+            self._keep(state.frontier, turn=True)
         while self.position < len(tokens):
             here = self.position
             end = min(here - here % chunk + chunk, len(tokens))
-            ids = mx.array(tokens[here:end])
-            logits, delta = self._model.step(ids, self._state, int(end == len(tokens)))
-            self._state.commit(delta, end - here)
-            mx.eval(logits, *self._state.pending())  # bounds the graph to one chunk
+            logits, delta = self._model.step(
+                mx.array(tokens[here:end]), state, int(end == len(tokens))
+            )
+            inside = [state.after(delta, at - here) for at in turns if here < at < end]
+            state.commit(delta, end - here)
+            mx.eval(logits, *state.pending())  # bounds the graph to one chunk
             self._tokens += tokens[here:end]
             self._logits = logits if end == len(tokens) else None
-            self._checkpoints.add(self._state.frontier)
+            for frontier in inside:
+                self._keep(frontier, turn=True)
+            self._keep(state.frontier, turn=end in turns)
             self._engine.counters["prefill_tokens"] += end - here
-            if progress is not None:
-                progress("prefill", end - start, len(tokens) - start)
+            yield end - start, len(tokens) - start
 
 
 def check_tokens(tokens: list[int], context: int, vocab_size: int) -> None:
@@ -220,9 +282,3 @@ def check_tokens(tokens: list[int], context: int, vocab_size: int) -> None:
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         bad = next(t for t in tokens if not 0 <= t < vocab_size)
         raise PromptError(f"token id {bad} is outside the model's vocabulary of {vocab_size}")
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )

@@ -76,6 +76,9 @@ class HostOps:
     def argsort(self, x: Host, axis: int) -> Host:
         return np.argsort(x, axis=axis, kind="stable")
 
+    def copy(self, x: Host) -> Host:
+        return x.copy()
+
     def append_zeros(self, x: Host, n: int) -> Host:
         return np.concatenate([x, np.zeros((n, *x.shape[1:]), x.dtype)]) if n else x
 

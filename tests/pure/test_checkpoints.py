@@ -1,5 +1,6 @@
 """Checkpoints are few, ordered, and never far from where a session may want to return."""
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +9,7 @@ from ds4py.engine.checkpoints import MOST, Checkpoints
 
 
 def frontier(position: int) -> Frontier:
-    return Frontier(position, None, {})
+    return Frontier(position, np.zeros(1000, np.uint8), {})
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=200))
@@ -38,3 +39,18 @@ def test_old_ones_thin_out_evenly() -> None:
         f = kept.best(target)
         lost = target - (f.position if f else 0)
         assert lost <= max(0.5 * back, 2 * 128), (back, lost)
+
+
+def test_turns_stay_longer_and_bytes_are_bounded() -> None:
+    kept = Checkpoints(most_bytes=9500)
+    for i in range(1, 201):
+        kept.add(frontier(128 * i), turn=i == 120)
+        assert kept.n_bytes <= 9500
+    assert [f.position for f in kept.turns()] == [128 * 120]
+    assert kept.up_to(128 * 150).best(10**6) is kept.best(128 * 150)
+    one = Checkpoints(most_bytes=10)
+    one.add(frontier(128))
+    one.add(frontier(256))
+    assert [f.position for f in one.frontiers()] == [256]
+    one.add(frontier(256), turn=True)
+    assert [f.position for f in one.turns()] == [256]
