@@ -101,6 +101,14 @@ Grace = Annotated[
     float, typer.Option(min=0, metavar="S", help="Seconds answers may take after SIGTERM.")
 ]
 
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="metal: the GPU's own kernels; reference: plain MLX operations. Default: auto.",
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -148,6 +156,7 @@ def generate(
     stop: Stop = None,
     context: ContextSize = None,
     memory: Memory = None,
+    kernels: Kernels = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print times to stderr.")] = False,
 ) -> int:
@@ -175,6 +184,7 @@ def generate(
         stop=given.stop_texts(stop),
         context=context,
         memory=memory,
+        kernels=kernels,
     )
     from ds4py.cli.generate import run
 
@@ -202,6 +212,7 @@ def chat(
     stop: Stop = None,
     context: ContextSize = None,
     memory: Memory = None,
+    kernels: Kernels = None,
 ) -> int:
     """Talk with a model. /help lists what else can be typed.
 
@@ -223,6 +234,7 @@ def chat(
         stop=given.stop_texts(stop),
         context=context,
         memory=memory,
+        kernels=kernels,
     )
     from ds4py.cli.chat import run
 

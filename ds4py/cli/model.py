@@ -1,5 +1,6 @@
 """Opens the chosen model, with a progress bar, and says which one when nobody named it."""
 
+import os
 import sys
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -12,11 +13,19 @@ if TYPE_CHECKING:
     from ds4py import Engine
     from ds4py.text.tokenizer import Tokenizer
 
+COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "100", "MLX_MAX_MB_PER_BUFFER": "1000000"}
+"""When MLX hands work to the GPU. By itself it does so every 40 or 50 operations, or when they
+read more than as many million elements, which every single launch that binds a pool of experts
+does: hundreds of command buffers for one token. By count alone they are six, and the first is on
+its way while the rest of the step is still being built. MLX reads them when it is loaded."""
+
 
 def open_engine(settings: Settings) -> tuple["Engine", float]:
     """The engine, and how many seconds it took to load."""
     options = settings.engine_options()
     announce(settings.model)
+    for name, value in COMMAND_BUFFERS.items():
+        os.environ.setdefault(name, value)
     start = perf_counter()
     from ds4py import Engine
     from ds4py.engine.engine import resolve

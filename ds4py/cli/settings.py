@@ -61,12 +61,15 @@ class Settings:
     stop: tuple[str, ...] = ()
     context: int | None = None
     memory: str | None = None
+    kernels: str | None = None
 
     def engine_options(self) -> "EngineOptions":
         """Raises OptionsError on a value that makes no sense."""
         from ds4py import EngineOptions
 
-        return EngineOptions(**_given(context=self.context, memory=self.memory))
+        return EngineOptions(
+            **_given(context=self.context, memory=self.memory, kernels=self.kernels)
+        )
 
     def sampling_options(self) -> "SamplingOptions":
         """Raises OptionsError on a value that makes no sense."""

@@ -193,6 +193,7 @@ def choose(kernels: str, dtype: str) -> tuple[Ops, Dtype]:
     if kernels not in KERNELS:
         raise OptionsError(f"kernels is {kernels!r}; need one of {', '.join(KERNELS)}")
     if kernels == "metal":
+        metal_launcher()
         raise OptionsError(
             "kernels is 'metal', but this version has no Metal shaders of its own; use 'auto', "
             "which runs MLX's operations on the GPU where there is one"

@@ -125,7 +125,7 @@ def test_help_lists_what_there_is(ds4: Any) -> None:
     done = ds4("--help")
     assert done.returncode == 0 and done.stderr == ""
     commands = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines()[1:]]
-    assert commands == "generate chat inspect verify pull quantize imatrix bench".split()
+    assert commands == "generate chat serve inspect verify pull quantize imatrix bench".split()
     assert ds4().stdout == done.stdout
     assert ds4("--version").stdout.startswith("ds4 ")
 
@@ -133,3 +133,29 @@ def test_help_lists_what_there_is(ds4: Any) -> None:
 def test_the_state_directory_stays_untouched(ds4: Any) -> None:
     ds4("generate", PROMPT, *GREEDY, "2")
     assert list(Path(ds4.home).iterdir()) == []
+
+
+def test_kernels_can_be_chosen(ds4: Any) -> None:
+    text = ds4("generate", PROMPT, *GREEDY, "5").stdout
+    assert ds4("generate", PROMPT, *GREEDY, "5", "--kernels", "reference").stdout == text
+    done = ds4("generate", PROMPT, "--kernels", "fast")
+    assert done.returncode == 2 and "auto, metal, reference" in done.stderr
+    if sys.platform != "darwin":
+        done = ds4("generate", PROMPT, "--kernels", "metal")
+        assert done.returncode == 2 and "no Metal device" in done.stderr
+
+
+def test_mlx_is_told_when_to_hand_over_work() -> None:
+    """Before it is loaded, and a value of the user's own stands."""
+    program = (
+        "import os\n"
+        "from ds4py.cli.model import open_engine\n"
+        "from ds4py.cli.settings import ModelChoice, Settings\n"
+        "open_engine(Settings(ModelChoice('tiny', None)))\n"
+        "print(os.environ['MLX_MAX_OPS_PER_BUFFER'], os.environ['MLX_MAX_MB_PER_BUFFER'])"
+    )
+    environ = {**os.environ, "MLX_MAX_OPS_PER_BUFFER": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["7", "1000000"]
