@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds4py.kernels.ops import Array, Ops, Weight
+import mlx.core as mx
+
+from ds4py.kernels.build import SMALL, Launcher
+from ds4py.kernels.norm import rms_norm
+from ds4py.kernels.ops import Array, Dtype, Ops, Weight
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,84 @@ def _collapse(ops: Ops, streams: Array, pre: Array) -> Array:
     """sum_h pre[h] * streams[h]: [S, D] in the streams' dtype."""
     x = streams.astype(ops.wide)
     return (pre[:, None] @ x)[:, 0].astype(streams.dtype)
+
+
+def pre(
+    launcher: Launcher,
+    streams: Array,
+    partials: Array,
+    base: Array,
+    scale: Array,
+    norm: Array,
+    epsilons: Array,
+    iters: int,
+) -> tuple[Array, Array]:
+    """`mix` or, with iters 0, `collapse_head`, and the norm after it, in one launch.
+
+    streams [S, H, D]; partials float32 [P, S, R + 1]: the streams' products with the R rows of fn
+    and their sum of squares, in P parts; norm [D]; epsilons [3]: of the mix's norm, of the mix, of
+    the norm after it. -> x [S, D] in the streams' type and gates float32: post and comb side by
+    side [S, H + H*H], the head's weights [S, H].
+    """
+    n, h, d = streams.shape
+    rows = 2 * h + h * h if iters else h
+    assert h in (1, 2, 4) and d % 4 == 0 and d >= SMALL and partials.shape[1:] == (n, rows + 1)
+    template = (
+        ("T", streams.dtype), ("H", h), ("D", d), ("P", partials.shape[0]), ("ITERS", iters)
+    )  # fmt: skip
+    inputs = (streams, partials, base, scale, norm, epsilons)
+    gates = (n, h + h * h if iters else h)
+    outputs = (((n, d), streams.dtype), (gates, mx.float32))
+    x, out = launcher.launch("hyper_pre", inputs, template, (256, n, 1), (256, 1, 1), outputs)
+    return x, out
+
+
+def pre_ref(
+    ops: Ops, streams: Array, w: HyperWeights, norm: Array, iters: int, eps: float
+) -> tuple[Array, Array]:
+    """What `pre` computes, from the streams alone."""
+    if iters:
+        x, post, comb = mix(ops, streams, w, iters)
+        gates = ops.concatenate([post, comb.reshape(comb.shape[0], -1)], axis=1)
+    else:
+        x = collapse_head(ops, streams, w)
+        gates = ops.sigmoid(_project(ops, streams, w)) + w.eps
+    return rms_norm(ops, x, norm, eps), gates
+
+
+EMBED_CHANNELS = 64
+"""Channels per part of the products that `embed` makes."""
+
+
+def embed(
+    launcher: Launcher, tokens: Array, table: Array, fn: Array, n_streams: int, dtype: Dtype
+) -> tuple[Array, Array]:
+    """Rows `tokens` int32 [S] of table [V, D] once per stream, and what `pre` needs of them.
+
+    fn [R, H*D], float32 or float16. -> streams [S, H, D] of `dtype`, partials [P, S, R + 1].
+    """
+    n, d, rows = tokens.shape[0], table.shape[1], fn.shape[0]
+    n_parts = -(-d // EMBED_CHANNELS)
+    template = (("T", dtype), ("H", n_streams), ("D", d), ("R", rows))
+    outputs = (((n, n_streams, d), dtype), ((n_parts, n, rows + 1), mx.float32))
+    grid = (256 * n_parts, -(-n // 8), 1)
+    streams, partials = launcher.launch(
+        "hyper_embed", (tokens, table, fn), template, grid, (256, 1, 1), outputs
+    )
+    return streams, partials
+
+
+def embed_ref(
+    ops: Ops, tokens: Array, table: Array, w: HyperWeights, n_streams: int
+) -> tuple[Array, Array]:
+    """What `embed` computes, with the products in one part; streams in the table's type."""
+    x = table[tokens]
+    streams = ops.broadcast_to(x[:, None], (x.shape[0], n_streams, x.shape[1]))
+    return streams, products(ops, streams, w)
+
+
+def products(ops: Ops, streams: Array, w: HyperWeights) -> Array:
+    """The streams' products with fn and their sum of squares, in one part: [1, S, R + 1]."""
+    flat = streams.reshape(streams.shape[0], -1).astype(ops.wide)
+    squares = (flat * flat).sum(-1, keepdims=True)
+    return ops.concatenate([ops.project(flat, w.fn)[0], squares], axis=1)[None]

@@ -1,0 +1,103 @@
+"""Runs a wrapper's kernels from their text on the CPU: every order of threads, and the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from ds4py.kernels.build import KernelText, Launcher, read_kernel
+
+pytest.importorskip("ziglang")
+from tools.metal_cpu import Kernel, ShaderError, assert_same_source
+
+Run = Callable[[Launcher], Sequence[Any]]
+SEEDS = (0, 1, 2)
+_made: dict[KernelText, Kernel] = {}
+_compared: set[Any] = set()
+
+
+def launcher(mode: str = "fast", seed: int = 0, changes: dict[str, Any] | None = None) -> Launcher:
+    """Kernels on the CPU. changes: kernel name -> (text, text in its place)."""
+
+    def read(name: str) -> KernelText:
+        text = read_kernel(name)
+        if changes is not None and name in changes:
+            old, new = changes[name]
+            assert (text.header + text.body).count(old) == 1, f"{old!r} is not once in {name}"
+            text = replace(
+                text, header=text.header.replace(old, new), body=text.body.replace(old, new)
+            )
+        return text
+
+    def make(**names: Any) -> Any:
+        key = KernelText(names["name"], (), (), names["header"], names["source"])
+        kernel = _made.setdefault(key, Kernel(**names))
+
+        def call(**arguments: Any) -> list[Any]:
+            if mode == "check":
+                compare_with_mlx(kernel, **arguments)
+            return kernel(mode=mode, seed=seed, **arguments)
+
+        return call
+
+    return Launcher(make, read=read)
+
+
+def compare_with_mlx(
+    kernel: Kernel, inputs: Any, template: Any, output_dtypes: Any, **_: Any
+) -> None:
+    """MLX would generate the same source, once for every variant."""
+    types = tuple((x.dtype, min(x.size, 8), x.ndim) for x in inputs)
+    variant = (kernel.name, kernel.source, types, tuple(template), tuple(output_dtypes))
+    if variant not in _compared:
+        assert_same_source(kernel, inputs, template, output_dtypes)
+        _compared.add(variant)
+
+
+def shader_results(run: Run) -> list[list[np.ndarray]]:
+    """Outputs of `run` for every seed, which must agree bit for bit, and in check mode."""
+    results = [host(run(launcher(seed=seed))) for seed in SEEDS]
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
+    return [results[0], host(run(launcher("check")))]
+
+
+def host(arrays: Sequence[Any]) -> list[np.ndarray]:
+    """As numpy, bfloat16 as float32."""
+    return [
+        np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+        for x in arrays
+        if x is not None
+    ]
+
+
+def close(run: Run, expected: Sequence[Any], rtol: float, atol: float) -> None:
+    """Every way of running agrees with the reference."""
+    wanted = host(expected)
+    for found in shader_results(run):
+        for x, y in zip(found, wanted, strict=True):
+            assert x.shape == y.shape
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+def caught(check: Callable[[Launcher], None], changes: dict[str, Any], mode: str = "fast") -> None:
+    """`check` passes with the kernels as they are and fails with a planted bug."""
+    check(launcher(mode))
+    with pytest.raises((AssertionError, ShaderError)):
+        for seed in SEEDS:
+            check(launcher(mode, seed, changes))
+
+
+def run_only(run: Run) -> Callable[[Launcher], None]:
+    """A check that a launch reports nothing, whatever it computes."""
+
+    def check(launcher: Launcher) -> None:
+        run(launcher)
+
+    return check
