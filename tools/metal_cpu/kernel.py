@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from tools.metal_cpu import arrays, compiler, launch
+from tools.metal_cpu.lint import RewriteError
 from tools.metal_cpu.report import Launch, Reader, ShaderError, Traffic
-from tools.metal_cpu.rewrite import RewriteError, rewrite
+from tools.metal_cpu.rewrite import rewrite
 from tools.metal_cpu.source import ATTRIBUTES, Argument, Signature
 
 FILE = "kernel"
@@ -145,7 +146,7 @@ class Kernel:
             raise ShaderError(f"{self.name}: MLX hands sources to Metal as ASCII; this is not")
         try:
             text, _ = rewrite(signature.text, signature.body_line)
-            library, _ = compiler.kernel_library(
+            library = compiler.kernel_library(
                 f'#line 1 "{FILE}"\n{text}{entry_point(signature)}', mode
             )
         except RewriteError as exc:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import re
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elftools.elf.elffile import ELFFile
+from tools.metal_cpu.lines import line_of
 
 if TYPE_CHECKING:
     from tools.metal_cpu.launch import CLaunch, CReport
@@ -29,6 +28,8 @@ KINDS = (
     "uninitialised read",
     "write to an input",
     "output never written",
+    "index out of range",
+    "misaligned access",
 )
 NO_BUFFER = 48
 
@@ -90,39 +91,6 @@ class Launch:
         return "\n".join(map(str, self.reports))
 
 
-@cache
-def line_table(library: Path) -> tuple[list[int], list[int]]:
-    """Addresses in a library and the source line that starts at each; lines of headers are 0."""
-    rows: list[tuple[int, int]] = []
-    with library.open("rb") as file:
-        elf = ELFFile(file)
-        if not elf.has_dwarf_info():
-            return [], []
-        dwarf = elf.get_dwarf_info()
-        for unit in dwarf.iter_CUs():
-            program = dwarf.line_program_for_CU(unit)
-            names = program.header["file_entry"] if program else []
-            for entry in program.get_entries() if program else []:
-                state = entry.state
-                if state is None:
-                    continue
-                index = state.file if program.header["version"] >= 5 else state.file - 1
-                own = index < len(names) and names[index].name.endswith(b"kernel")
-                rows.append((state.address, 0 if state.end_sequence or not own else state.line))
-    rows.sort()
-    return [a for a, _ in rows], [line for _, line in rows]
-
-
-def line_of(library: Path, address: int) -> int:
-    """The kernel's line at an address, or the nearest one before it; 0: unknown."""
-    try:
-        addresses, lines = line_table(library)
-    except Exception:  # not an ELF file: a Mach-O library carries no line table
-        return 0
-    at = bisect_right(addresses, address) - 1
-    return next((lines[i] for i in range(at, max(at - 64, -1), -1) if lines[i]), 0)
-
-
 class Reader:
     """Turns the runtime's reports of one launch into sentences."""
 
@@ -179,10 +147,16 @@ class Reader:
             body = f"{text}{quote}{at}"
         elif kind.startswith("race"):
             other = self._quote(r.other_line, r.other_pc)
+            where = " of another" if kind == "race between threadgroups" else ""
             body = (
                 f"on byte {r.offset} of {described}: {access} by thread {r.thread}{quote} and "
-                f"{text} by thread {r.other_thread}{other}; threadgroup {tuple(r.group)}"
+                f"{text} by thread {r.other_thread}{where}{other}; threadgroup {tuple(r.group)}"
             )
+        elif kind == "index out of range":
+            body = f"index {r.offset} of {text or 'an array'}{quote}{at}"
+            name = self._indexed(r)
+        elif kind == "misaligned access":
+            body = f"an address that is {r.offset} mod 256 for {text}{quote}{at}"
         elif kind == "output never written":
             body = f"{described}: {r.size} bytes, the first is byte {r.offset}"
         elif described:
@@ -191,6 +165,13 @@ class Reader:
             body = f"{text or 'in the kernel'}{quote}{at}"
         message = f"{self.signature.name}: {kind}: {body}"
         return Report(kind, self._place(r.line, r.pc), name, message)
+
+    def _indexed(self, r: CReport) -> str:
+        """The array in the line whose index is nearest to the column (r.size) of the fault."""
+        line = r.line or line_of(self.library, r.pc)
+        text = self.signature.text.split("\n")[line - 1] if line else ""
+        found = re.finditer(r"(\w+)\s*\[", text)
+        return min(found, key=lambda m: abs(m.start() + 1 - r.size), default=["", ""])[1]
 
     def _divergence(self, r: CReport, text: str) -> str:
         here, _, there = text.partition("|")

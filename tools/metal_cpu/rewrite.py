@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from tools.metal_cpu.lint import RewriteError, Token, lint
 
 TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+|\\\n)
@@ -27,21 +28,6 @@ OPENCL_KEYWORDS = {
     "local", "global", "private", "generic", "kernel", "pipe", "uniform",
     "read_only", "write_only", "read_write", "__local", "__global", "__private", "__generic",
 }  # fmt: skip
-
-
-class RewriteError(ValueError):
-    """The text breaks a rule that the compiler would not see. `line` is its line."""
-
-    def __init__(self, line: int, message: str):
-        super().__init__(message)
-        self.line = line
-
-
-@dataclass
-class Token:
-    kind: str
-    text: str
-    line: int
 
 
 def tokens(text: str) -> Iterator[Token]:
@@ -70,9 +56,24 @@ class Rewriter:
         self.arrays: list[str] = []
 
     def run(self) -> tuple[str, list[str]]:
+        lint(self._code())
         while self.at < len(self.tokens):
             self._step(self.tokens[self.at])
         return "".join(self.out), self.arrays
+
+    def _code(self) -> list[Token]:
+        """The tokens without space, comments and directives."""
+        code: list[Token] = []
+        directive = False
+        for i, token in enumerate(self.tokens):
+            self.at = i
+            directive = token.kind != "newline" and (
+                directive or (token.text == "#" and self._starts_line())
+            )
+            if not directive and token.kind not in ("space", "newline", "comment"):
+                code.append(token)
+        self.at = 0
+        return code
 
     def _step(self, token: Token) -> None:
         if token.kind == "mark" and token.text == "#" and self._starts_line():

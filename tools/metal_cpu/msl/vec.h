@@ -83,7 +83,11 @@ template <class A> using vec_of = typename vec_traits<A>::value;
 template <class T, int N> struct vec : vec_data<T, N> {
   using vec_data<T, N>::d;
   vec() = default;
+#ifdef MSL_CHECK // of a constructor that is called, the sanitizer checks the reference's alignment
+  MSL_AI vec(const vec& o) { copy(o); }
+#else
   vec(const vec&) = default;
+#endif
   // From `constant` memory. A template, since a plain one would be a second copy constructor.
   template <class U, class = enable_if_t<is_same_v<U, T>>> MSL_AI vec(const __constant vec<U, N>& o) {
     for (int i = 0; i < N; i++) d[i] = o.d[i];
@@ -104,9 +108,7 @@ template <class T, int N> struct vec : vec_data<T, N> {
   }
 
   MSL_AI vec& operator=(const vec& o) {
-    T t[N];
-    for (int i = 0; i < N; i++) t[i] = o.d[i];
-    for (int i = 0; i < N; i++) d[i] = t[i];
+    copy(o);
     return *this;
   }
   MSL_AI T& operator[](int i) { return d[i]; }
@@ -118,6 +120,11 @@ template <class T, int N> struct vec : vec_data<T, N> {
   MSL_ASSIGN(&) MSL_ASSIGN(|) MSL_ASSIGN(^) MSL_ASSIGN(<<) MSL_ASSIGN(>>)
 
 private:
+  MSL_AI void copy(const vec& o) {
+    T t[N];
+    for (int i = 0; i < N; i++) t[i] = o.d[i];
+    for (int i = 0; i < N; i++) d[i] = t[i];
+  }
   template <int K> MSL_AI void fill() { static_assert(K == N, "vector constructor: too few parts"); }
   template <int K, class A, class... R> MSL_AI void fill(A a, R... r) {
     constexpr int n = vec_traits<A>::n;

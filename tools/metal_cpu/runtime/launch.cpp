@@ -285,7 +285,7 @@ extern "C" void msl_run(msl_launch* l) {
   work.counter = 0, work.failed = 0;
   if (l->check) check_begin(l);
   run_on_workers(l->check || n < 1 ? 1 : n, l->group[0] * l->group[1] * l->group[2]);
-  if (l->check) check_end(l);
+  if (l->check) check_end(l, !work.failed);
   for (uint32_t i = 0; i < l->n_buffers; i++) {
     msl_buffer& b = l->buffers[i];
     int64_t past = written_past_end(b, regions[i]);

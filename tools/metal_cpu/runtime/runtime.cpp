@@ -240,6 +240,7 @@ extern "C" void* msl_array(uint32_t id, uint32_t size, uint32_t line, const char
   a = {w->array_end, size, line, 1};
   w->array_end = (w->array_end + size + 256 + 63) & ~63u;
   memset(w->arena + a.offset, w->launch->seed ? (int)(next_random(w) | 0x81) : 0xff, size);
+  if (w->s.check) check_array(w, id);
   msl_launch* l = w->launch;
   strncpy(l->arrays[id], name, 31);
   l->array_sizes[id] = size;

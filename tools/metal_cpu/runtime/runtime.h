@@ -6,7 +6,8 @@
 
 enum Kind : uint32_t {
   OUT_OF_BOUNDS = 1, WILD_ACCESS, STACK_OVERFLOW, ARITHMETIC, DIVERGENT, TOO_MUCH_THREADGROUP_MEMORY,
-  FAILED_CHECK, PAST_END, RACE, RACE_BETWEEN_GROUPS, UNINITIALISED, WROTE_INPUT, NEVER_WRITTEN
+  FAILED_CHECK, PAST_END, RACE, RACE_BETWEEN_GROUPS, UNINITIALISED, WROTE_INPUT, NEVER_WRITTEN, BAD_INDEX,
+  MISALIGNED
 };
 enum { READ = 0, WRITE = 1 };
 enum { MAX_REPORTS = 64, MAX_BUFFERS = 48 };
@@ -86,6 +87,7 @@ msl_report* add_report(Worker* w, uint32_t kind, uint32_t line);
 [[noreturn]] void stop(Worker* w);
 // check.cpp
 void check_begin(msl_launch* launch);
-void check_end(msl_launch* launch);
+void check_end(msl_launch* launch, bool complete);
 void check_group(Worker* w);
 void check_round(Worker* w);
+void check_array(Worker* w, uint32_t id);
