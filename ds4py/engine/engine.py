@@ -24,6 +24,7 @@ from ds4py.errors import InputError, OptionsError, WeightsError
 from ds4py.formats import gguf
 from ds4py.hub import manifest, place
 from ds4py.kernels import build
+from ds4py.kernels.build import Launcher
 from ds4py.model.moe import ResidentExperts
 from ds4py.model.mtp import DraftLayer
 from ds4py.text.messages import ASSISTANT, USER
@@ -74,7 +75,14 @@ def resolve(name: str | os.PathLike[str], models: Path | None = None) -> Path:
 class Engine:
     """A loaded model. Made by `Engine.open`; everything is read-only but the counters."""
 
-    def __init__(self, path: Path, name: str, options: EngineOptions, progress: Progress | None):
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        options: EngineOptions,
+        progress: Progress | None,
+        launcher: Launcher | None = None,
+    ):
         self.name, self.options = name, options
         files = ModelFiles.at(path)
         self.config: ModelConfig = files.config
@@ -84,7 +92,7 @@ class Engine:
                 f"context is {self.context}; this model was made for at most "
                 f"{self.config.max_position_embeddings} tokens"
             )
-        ops, dtype = build.choose(options.kernels, options.dtype)
+        ops, dtype, launcher = build.choose(options.kernels, options.dtype, launcher)
         if options.memory is not None:
             itemsize = ops.zeros((1,), dtype).nbytes
             memory.check_budget(self.config, options.memory, self.context, itemsize)
@@ -92,7 +100,7 @@ class Engine:
         source = files.source(progress)
         rounded = options.trained_rounding
         native = rounded and options.dtype != "float32"  # cache/rows.py says why
-        self._loader = Loader(source, ops, dtype, rounded, native)
+        self._loader = Loader(source, ops, dtype, rounded, native, launcher)
         self.model = self._loader.transformer()
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0}
 
@@ -102,13 +110,15 @@ class Engine:
         path_or_name: str | os.PathLike[str],
         options: EngineOptions | None = None,
         progress: Progress | None = None,
+        launcher: Launcher | None = None,
     ) -> Engine:
         """Load a directory in DeepSeek's layout, a bundle, a GGUF file, or a model by its name.
 
+        launcher: runs the Metal kernels where there is no GPU, for `kernels="metal"`.
         Raises InputError and its kin: ConfigError, WeightsError, TokenizerError, OptionsError.
         """
         path = resolve(path_or_name)
-        return cls(path, path.name, options or EngineOptions(), progress)
+        return cls(path, path.name, options or EngineOptions(), progress, launcher)
 
     def session(self) -> Session:
         """A new, empty timeline."""

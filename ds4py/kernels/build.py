@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
@@ -181,26 +181,34 @@ def metal_launcher() -> Launcher:
     return Launcher(finish=mx.eval)
 
 
-def choose(kernels: str, dtype: str) -> tuple[Ops, Dtype]:
-    """The operations and the activation type for two options. Raises OptionsError.
+class Choice(NamedTuple):
+    """What a model runs on."""
 
-    kernels: "reference" is MLX everywhere; "auto" is MLX on a GPU and numpy on a CPU. dtype:
-    "auto" is bfloat16 on a GPU and float32 on a CPU; numpy has no bfloat16, so asking for it on a
-    CPU means MLX. Asking for float32 by name on a CPU means results good to float32: sums are
-    taken in float64, at half the speed, because the trained rounding of rows turns the last bit of
-    a float32 sum into a visible step wherever a value sits on a rounding boundary.
+    ops: Ops
+    dtype: Dtype
+    """Of activations."""
+    launcher: Launcher | None
+    """Runs the Metal kernels; None: plain operations everywhere."""
+
+
+def choose(kernels: str, dtype: str, launcher: Launcher | None = None) -> Choice:
+    """Operations, activation type and kernels for two options. Raises OptionsError.
+
+    kernels: "reference" is MLX's operations everywhere; "auto" is our kernels on a GPU and numpy on
+    a CPU; "metal" is our kernels, with `launcher` where there is no GPU. dtype: "auto" is bfloat16
+    on a GPU and float32 on a CPU; numpy has no bfloat16, so asking for it on a CPU means MLX.
+    Asking for float32 by name on a CPU means results good to float32: sums are taken in float64, at
+    half the speed, because the trained rounding of rows turns the last bit of a float32 sum into a
+    visible step wherever a value sits on a rounding boundary.
     """
     if kernels not in KERNELS:
         raise OptionsError(f"kernels is {kernels!r}; need one of {', '.join(KERNELS)}")
-    if kernels == "metal":
-        metal_launcher()
-        raise OptionsError(
-            "kernels is 'metal', but this version has no Metal shaders of its own; use 'auto', "
-            "which runs MLX's operations on the GPU where there is one"
-        )
-    if kernels == "reference" or metal_available() or dtype == "bfloat16":
+    if launcher is None and (kernels == "metal" or (kernels == "auto" and metal_available())):
+        launcher = metal_launcher()
+    if launcher is not None or kernels == "reference" or dtype == "bfloat16":
         wanted = {"auto": "bfloat16" if metal_available() else "float32"}.get(dtype, dtype)
         gather = None if metal_available() else mx.float32  # its CPU back end gathers no other
-        return cast(Ops, MlxOps(gather)), getattr(mx, wanted)
+        return Choice(cast(Ops, MlxOps(gather)), getattr(mx, wanted), launcher)
     ops = HostOps(np.float64 if dtype == "float32" else np.float32)
-    return cast(Ops, ops), ops.wide  # the libraries' own signatures say more than Ops does
+    # The libraries' own signatures say more than Ops does.
+    return Choice(cast(Ops, ops), ops.wide, None)

@@ -53,6 +53,15 @@ def row_bytes(name: str, n_in: int) -> int:
     return block_format(name).row_bytes(n_in)
 
 
+def row_values(name: str, n_bytes: int) -> int:
+    """Values of a row of `n_bytes`: `row_bytes` undone."""
+    if name in PLAIN:
+        return n_bytes // PLAIN[name]
+    if name == FP8:
+        return n_bytes * fp_blocks.FP8_BLOCK // (fp_blocks.FP8_BLOCK + 1)
+    return block_format(name).row_values(n_bytes)
+
+
 def unpack(name: str, rows: Array, n_in: int) -> Array:
     """uint8 [..., bytes of a row] -> float32 [..., n_in], lazily where the rows are MLX's."""
     lazy = isinstance(rows, mx.array)

@@ -39,6 +39,11 @@ class Weight:
     widths: tuple[int, ...]
 
 
+LinearMaps: TypeAlias = Any
+"""Linear maps that share an input, as a set of fused operations stores them: a `Weight`, or on
+Metal a tuple of `formats.PackedMatrix`."""
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """Expert maps in block formats, one record per expert, decoded only where they are used."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ds4py.cache.rows import RowFormat
 from ds4py.cache.state import LayerDelta, Series
 from ds4py.config import LayerPlan
-from ds4py.kernels.ops import Array, Weight
+from ds4py.kernels.ops import Array, LinearMaps
 from ds4py.model.fused import Fused
 from ds4py.model.plan import StepPlan
 
@@ -37,13 +37,13 @@ class Attention:
     slot: int
     """Index into the state's layers."""
     fused: Fused
-    w_in: Weight
+    w_in: LinearMaps
     """wq_a | wkv | compressor wkv,wgate | indexer's wkv,wgate | weights_proj, as present."""
-    w_q: Weight
+    w_q: LinearMaps
     """wq_b | indexer wq_b, as present."""
-    wo_a: Weight
+    wo_a: LinearMaps
     """[o_groups, o_lora_rank, heads*head_dim/o_groups]"""
-    wo_b: Weight
+    wo_b: LinearMaps
     q_norm: Array
     kv_norm: Array
     sink: Array

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ds4py.cache.state import LayerDelta
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.ops import Array, Ops, Weight
+from ds4py.kernels.ops import Array, LinearMaps, Ops
 
 if TYPE_CHECKING:
     from ds4py.model.attention import Attention
@@ -89,7 +89,7 @@ class Fused(Protocol):
         """Mix the streams into a sublayer's input, normed: [S, D], and keep the rest."""
         ...
 
-    def project(self, x: Array, weight: Weight) -> Any:
+    def project(self, x: Array, weight: LinearMaps) -> Any:
         """x [S, in] through maps that share it, for `queries` and `prepare` to read."""
         ...
 
@@ -113,11 +113,13 @@ class Fused(Protocol):
         """Attention over window and compressed rows, rotated back: [S, groups, heads*hd/groups]."""
         ...
 
-    def grouped(self, o: Array, weight: Weight) -> Array:
+    def grouped(self, o: Array, weight: LinearMaps) -> Array:
         """Each group of o [S, G, in] through its own map: [S, G*out]."""
         ...
 
-    def leave(self, y: Array, weight: Weight, residual: Residual, reader: HyperWeights) -> Streams:
+    def leave(
+        self, y: Array, weight: LinearMaps, residual: Residual, reader: HyperWeights
+    ) -> Streams:
         """Project a sublayer's result y [S, in] to D channels and add it to the streams."""
         ...
 
@@ -135,6 +137,8 @@ class Fused(Protocol):
         """The draft layer's input: streams [S, H, D] of a position and the token after it [S]."""
         ...
 
-    def head(self, streams: Streams, reader: HyperWeights, norm: Array, weight: Weight) -> mx.array:
+    def head(
+        self, streams: Streams, reader: HyperWeights, norm: Array, weight: LinearMaps
+    ) -> mx.array:
         """Float32 logits [S, V]."""
         ...

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ds4py.kernels import moe
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.ops import Array, Ops, PackedWeight, Weight
+from ds4py.kernels.ops import Array, LinearMaps, Ops, PackedWeight, Weight
 from ds4py.model.fused import Fused, Residual, Streams
 
 ExpertWeight = Weight | PackedWeight
@@ -44,9 +44,9 @@ class MoE:
 
     index: int
     fused: Fused
-    w_in: Weight
+    w_in: LinearMaps
     """gate | shared w1 | shared w3"""
-    shared_w2: Weight
+    shared_w2: LinearMaps
     bias: Array | None
     """[E] float32, score-routed layers."""
     tid2eid: Array | None

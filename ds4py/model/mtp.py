@@ -14,7 +14,7 @@ from ds4py.cache.rows import RowFormats
 from ds4py.cache.state import Delta, SequenceState
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.ops import Array, Ops, Weight
+from ds4py.kernels.ops import Array, LinearMaps, Ops
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused
 from ds4py.model.plan import Frequencies, StepPlan
@@ -30,14 +30,14 @@ class DraftLayer:
     rows: RowFormats
     freqs: Frequencies
     embed: Array
-    e_proj: Weight
-    h_proj: Weight
+    e_proj: LinearMaps
+    h_proj: LinearMaps
     enorm: Array
     hnorm: Array
     block: Block
     hc_head: HyperWeights
     norm: Array
-    head: Weight
+    head: LinearMaps
 
     @property
     def ops(self) -> Ops:

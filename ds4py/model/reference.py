@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -12,7 +12,7 @@ from ds4py.config import ModelConfig
 from ds4py.kernels import attend, compress, hyper, index, moe, rounding, route
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
-from ds4py.kernels.ops import Array, Dtype, Ops, Weight
+from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
 from ds4py.kernels.rope import rotate
 from ds4py.model.fused import Heads, Residual, Routing, Streams
 
@@ -39,7 +39,7 @@ class Reference:
         x = rms_norm(self.ops, x, norm, reader.norm_eps)
         return x, Residual(streams.values, (post, comb))
 
-    def project(self, x: Array, weight: Weight) -> tuple[Array, ...]:
+    def project(self, x: Array, weight: LinearMaps) -> tuple[Array, ...]:
         return self.ops.project(x, weight)
 
     def queries(self, projected: tuple[Array, ...], layer: Attention) -> tuple[Array, ...]:
@@ -184,10 +184,12 @@ class Reference:
         shape = (ids.shape[0], -1, _tile(layer))
         return rows.reshape(*shape, rows.shape[2]), valid.reshape(*shape)
 
-    def grouped(self, o: Array, weight: Weight) -> Array:
+    def grouped(self, o: Array, weight: LinearMaps) -> Array:
         return self.ops.grouped(o, weight).reshape(o.shape[0], -1)
 
-    def leave(self, y: Array, weight: Weight, residual: Residual, reader: HyperWeights) -> Streams:
+    def leave(
+        self, y: Array, weight: LinearMaps, residual: Residual, reader: HyperWeights
+    ) -> Streams:
         return self._add(self.ops.project(y, weight)[0], residual)
 
     def _add(self, y: Array, residual: Residual) -> Streams:
@@ -195,8 +197,11 @@ class Reference:
         return Streams(hyper.expand(self.ops, y, residual.streams, *residual.gates))
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
+        logits, *shared = self.ops.project(x, layer.w_in)
+        return self._route(logits, layer, tokens, shared)
+
+    def _route(self, logits: Array, layer: MoE, tokens: Array, shared: Any = None) -> Routing:
         c, ops = self.config, self.ops
-        logits, *shared = ops.project(x, layer.w_in)
         score = route.scores(ops, logits)  # [S, E] float32
         if layer.tid2eid is not None:
             ids = layer.tid2eid[tokens]  # [S, k]
@@ -222,7 +227,9 @@ class Reference:
         h = ops.project(rms_norm(ops, streams, layer.hnorm, eps), layer.h_proj)[0]
         return Streams(e[:, None] + h)
 
-    def head(self, streams: Streams, reader: HyperWeights, norm: Array, weight: Weight) -> mx.array:
+    def head(
+        self, streams: Streams, reader: HyperWeights, norm: Array, weight: LinearMaps
+    ) -> mx.array:
         x = hyper.collapse_head(self.ops, streams.values, reader)
         x = rms_norm(self.ops, x, norm, reader.norm_eps)
         return self.ops.to_mlx(self.ops.project(x, weight)[0])

@@ -14,7 +14,7 @@ from ds4py.cache.rows import RowFormats
 from ds4py.cache.state import Delta, LayerDelta, SequenceState
 from ds4py.config import ModelConfig
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.ops import Array, Dtype, Ops, Weight
+from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused, Streams
 from ds4py.model.plan import Frequencies, StepPlan
@@ -34,7 +34,7 @@ class Transformer:
     blocks: tuple[Block, ...]
     hc_head: HyperWeights
     norm: Array
-    head: Weight
+    head: LinearMaps
 
     @property
     def ops(self) -> Ops:

@@ -13,11 +13,15 @@ from ds4py.cache.rows import RowFormat, row_formats
 from ds4py.cache.state import Series, series_of
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.errors import ConfigError
+from ds4py.formats.bundle import RecordLayout
+from ds4py.kernels.build import Launcher
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.ops import F32, Array, Dtype, Ops, PackedWeight, Weight
+from ds4py.kernels.ops import F32, Array, Dtype, LinearMaps, Ops, PackedWeight
 from ds4py.kernels.rounding import FP4_ROW_BLOCK, FP8_ROW_BLOCK
 from ds4py.model.attention import Attention, Compressor
 from ds4py.model.block import Block
+from ds4py.model.fused import Fused
+from ds4py.model.metal import Metal
 from ds4py.model.moe import ExpertWeight, MoE, ResidentExperts
 from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
@@ -25,7 +29,7 @@ from ds4py.model.reference import Reference
 from ds4py.model.transformer import Transformer
 from ds4py.weights.bundle import Bundle, PackedLayer
 from ds4py.weights.gguf import GGUFCheckpoint
-from ds4py.weights.maps import FloatMaps, Part
+from ds4py.weights.maps import FloatMaps, Maps, PackedMaps, Part
 from ds4py.weights.source import Source
 
 
@@ -39,12 +43,17 @@ class Loader:
     trained_rounding: bool
     native_rows: bool
     """Keep rows in the bytes of the trained formats; needs trained_rounding."""
+    launcher: Launcher | None = None
+    """Runs the Metal kernels; None: plain operations."""
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.checkpoint.config
         self.freqs = Frequencies(self.config)
-        self.fused = Reference(self.ops, self.config)
-        self.maps = FloatMaps(self.checkpoint, self.ops, self.dtype)
+        self.fused: Fused = Reference(self.ops, self.config)
+        self.maps: Maps = FloatMaps(self.checkpoint, self.ops, self.dtype)
+        if self.launcher is not None:
+            self.fused = Metal(self.ops, self.config, self.launcher, self.dtype)
+            self.maps = PackedMaps(self.checkpoint, self.dtype)
         self.experts = ResidentExperts(self.ops, self.config.swiglu_limit)
         if self.trained_rounding:
             _check_rounding(self.config)
@@ -97,7 +106,7 @@ class Loader:
     def _vector(self, name: str) -> Array:
         return self.ops.array(self.checkpoint.floats(name))
 
-    def _linear(self, name: str, wide: bool = False) -> Weight:
+    def _linear(self, name: str, wide: bool = False) -> LinearMaps:
         return self.maps.pack([Part((name,), wide)])
 
     def _hyper(self, prefix: str) -> HyperWeights:
@@ -195,6 +204,8 @@ class Loader:
             packed = self.checkpoint.packed(layer)
             if packed is not None:
                 return self._packed_experts(packed)
+        if self.launcher is not None:
+            return self._packed_experts(self._records(prefix))
         c, matrix = self.config, self.checkpoint.matrix
         d, n_inner, n = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
         w13 = self.ops.pack_experts(n, 2 * n_inner, d, self.dtype)
@@ -204,6 +215,17 @@ class Loader:
             w13.put(e, n_inner, matrix(f"{prefix}.{e}.w3"))
             w2.put(e, 0, matrix(f"{prefix}.{e}.w2"))
         return w13.done(), w2.done()
+
+    def _records(self, prefix: str) -> PackedLayer:
+        """One layer's experts as records of the bytes they are stored in."""
+        stored, n = self.checkpoint.stored, self.config.n_routed_experts
+        gate, up, down = (stored(f"{prefix}.0.{w}") for w in ("w1", "w3", "w2"))
+        layout = RecordLayout(gate.rows.size, up.rows.size, down.rows.size)
+        records = np.zeros((n, layout.record_bytes), np.uint8)
+        for e in range(n):
+            for w, where in zip(("w1", "w3", "w2"), layout.slices(), strict=True):
+                records[e, where] = stored(f"{prefix}.{e}.{w}").rows.ravel()
+        return PackedLayer(records, layout, (gate.format, up.format, down.format))
 
     def _packed_experts(self, layer: PackedLayer) -> tuple[PackedWeight, PackedWeight]:
         records = self.ops.array(layer.records)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import mlx.core as mx
 import numpy as np
 
-from ds4py.kernels.ops import F32, Array, Dtype, Ops, Weight
+from ds4py.kernels.formats import PackedMatrix, row_values
+from ds4py.kernels.ops import F32, Array, Dtype, LinearMaps, Ops, Weight
 from ds4py.weights.source import Source
 
 
@@ -21,14 +23,18 @@ class Part:
     """Results in the type of sums, not of activations."""
 
 
+TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+"""What MLX calls the formats without blocks."""
+
+
 class Maps(Protocol):
     """What the loader asks for; names as in `Source.matrix`."""
 
-    def pack(self, parts: Sequence[Part]) -> Weight:
+    def pack(self, parts: Sequence[Part]) -> LinearMaps:
         """Maps that share an input."""
         ...
 
-    def grouped(self, name: str, n_groups: int) -> Weight:
+    def grouped(self, name: str, n_groups: int) -> LinearMaps:
         """One map per group of inputs, stored one above the other."""
         ...
 
@@ -68,3 +74,32 @@ class FloatMaps:
 
     def _dtype(self, part: Part) -> Dtype:
         return self.ops.wide if part.wide else self.dtype
+
+
+@dataclass(frozen=True)
+class PackedMaps:
+    """`Maps` for the Metal kernels: every matrix in the bytes it is stored in."""
+
+    source: Source
+    dtype: Dtype
+
+    def pack(self, parts: Sequence[Part]) -> LinearMaps:
+        return tuple(self._matrix(name) for part in parts for name in part.names)
+
+    def grouped(self, name: str, n_groups: int) -> LinearMaps:
+        return (self._matrix(name),)  # groups lie one above the other in the file, too
+
+    def table(self, name: str) -> Array:
+        stored = self.source.stored(name)
+        if stored.format in TYPES:
+            return mx.array(stored.rows).view(TYPES[stored.format])
+        return mx.array(self.source.matrix(name)).astype(self.dtype)
+
+    def mix(self, name: str) -> Weight:
+        fn = self.source.floats(name)
+        return Weight((mx.array(fn),), (fn.shape[0],))
+
+    def _matrix(self, name: str) -> PackedMatrix:
+        stored = self.source.stored(name)
+        n_in = row_values(stored.format, stored.rows.shape[1])
+        return PackedMatrix(stored.format, mx.array(stored.rows), n_in)
