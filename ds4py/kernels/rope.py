@@ -66,6 +66,26 @@ def rotation(ops: Ops, positions: npt.NDArray[np.int64], freqs: F32, width: int)
     return Rotation(ops.array(cos), ops.array(sin), ops.array(np.arange(width) ^ 1))
 
 
+def table(ops: Ops, positions: npt.NDArray[np.int64], freqs: F32) -> Array:
+    """(cos, sin) of every pair, as the kernels read them: float32 [S, len(freqs), 2]."""
+    angle = (positions.astype(np.float32)[:, None] * freqs[None]).astype(np.float64)
+    return ops.array(np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32))
+
+
+def unfold(ops: Ops, table: Array, width: int) -> Rotation:
+    """What a `table` says, for rows of `width` channels."""
+    n, pairs = table.shape[:2]
+    still = ops.zeros((n, width - 2 * pairs), ops.wide)
+    cos, sin = table[..., :1], table[..., 1:]
+    tail = ops.concatenate([cos, cos], axis=2).reshape(n, -1)
+    signed = ops.concatenate([-sin, sin], axis=2).reshape(n, -1)
+    return Rotation(
+        ops.concatenate([still + 1, tail], axis=1),
+        ops.concatenate([still, signed], axis=1),
+        ops.array(np.arange(width) ^ 1),
+    )
+
+
 def rotate(ops: Ops, x: Array, r: Rotation, inverse: bool = False) -> Array:
     """Rotate x [S, width] or [S, heads, width]; computed in float32, returned in x.dtype."""
     cos, sin = (r.cos, r.sin) if x.ndim == 2 else (r.cos[:, None], r.sin[:, None])
