@@ -133,6 +133,13 @@ BUGS = {
     "misaligned vector": Bug(
         "\nfloat4 v = *(device const float4*)(a + t / 8); o[i] = v.x;", "misaligned access", 5, ""
     ),
+    "threadgroup bytes read as a vector": Bug(
+        f"threadgroup uchar raw[256]; raw[t] = raw[t + 64] = raw[t + 128] = raw[t + 192] = t;"
+        f" {BARRIER}\nfloat4 v = *(threadgroup float4*)(raw + t / 4 * 16); o[i] = v.x;",
+        "misaligned access",
+        5,
+        "",
+    ),
     "misaligned word": Bug(
         "\no[i] = *(device const uint*)((device const uchar*)a + t);", "misaligned access", 5, ""
     ),
@@ -242,6 +249,19 @@ ACCEPTED = {
         """,
     ),
 }
+
+
+ACCEPTED["aligned bytes read as a vector"] = (
+    f"""
+    threadgroup alignas(16) uchar x[1024];
+    alignas(16) threadgroup uchar y[1024];
+    *(threadgroup float4*)(x + 16 * t) = float4(a[i]);
+    *(threadgroup float4*)(y + 16 * t) = float4(a[i]);
+    {BARRIER}
+    o[i] = (*(threadgroup float4*)(x + 16 * (t ^ 32))).y + (*(threadgroup float4*)(y + 16 * t)).z;
+    """,
+    "",
+)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

@@ -80,6 +80,20 @@ def test_lanes_exchange_values(call: str, seed: int) -> None:
     np.testing.assert_array_equal(got, EXCHANGES[call](INTS))
 
 
+def test_half_and_bfloat_convert_into_each_other() -> None:
+    body = """
+      half h = half(x[i]); bfloat b = bfloat(x[i]);
+      o[i] = bfloat(h) + 2 * float(half(b)) + 4 * float(bfloat4(half4(h)).y) + float(T(b) + T(h));
+    """
+    x = np.array([1.0, 1.0009765625, -3.140625, 7e4], np.float32)
+    got = run(body, x, "float32", header="typedef bfloat T;\n")
+    with np.errstate(over="ignore"):
+        h, b = x.astype(np.float16), x.astype(ml_dtypes.bfloat16)
+    hb, bh = (y.astype(np.float32) for y in (h.astype(b.dtype), b.astype(h.dtype)))
+    total = (b + h.astype(b.dtype)).astype(np.float32)
+    np.testing.assert_array_equal(got, hb + 2 * bh + 4 * hb + total)
+
+
 def test_a_partial_simdgroup_reduces_what_it_has() -> None:
     x = np.arange(1, 41, dtype=np.float32)
     got = run("  o[i] = simd_sum(x[i]);", x, "float32", 3)

@@ -25,7 +25,9 @@ RUNTIME = HERE / "runtime"
 
 LANGUAGE = (
     "-cl-std=CLC++2021 -cl-no-stdinc -cl-single-precision-constant -fno-math-errno "
-    "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,+__cl_clang_bitfields "
+    "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,+__cl_clang_bitfields,"
+    "+__opencl_c_generic_address_space,+__opencl_c_program_scope_global_variables,"
+    "+__opencl_c_int64 "
     "-Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
     "-ffp-contract=off -fno-strict-aliasing -fPIC -ferror-limit=8 -Wno-duplicate-decl-specifier "
     "-Werror=uninitialized -Werror=return-type -Wimplicit-float-conversion -Wno-unused-value "
@@ -43,9 +45,13 @@ MODES = {
 }
 # Metal converts to bfloat only where the text says so; clang does it anywhere and warns.
 TO_BFLOAT = re.compile(r"warning: implicit conversion .* to '(__bf16|bfloat)'")
+CAST = re.compile(r"kernel:(\d+):(\d+): error: functional-style cast from '[^\n]* is not allowed")
+REPAIRS = 20
+"""Rounds of errors that are repaired; clang stops at 8 errors a round."""
 NO_TIMES = ["-Xclang", "-fno-pch-timestamp"]
 RUNTIME_FLAGS = (
-    "-std=c++17 -O2 -fPIC -fno-exceptions -fno-rtti -fno-sanitize=all -fno-stack-protector"
+    "-std=c++17 -O2 -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fno-sanitize=all "
+    "-fno-stack-protector"
 ).split()
 
 
@@ -138,9 +144,11 @@ def runtime_library() -> Path:
 
     def make(path: Path) -> None:
         objects = []
+        x86 = "-march=x86-64-v3" in target()
+        flags = [*RUNTIME_FLAGS, *(["-march=x86_64_v3"] if x86 else [])]  # zig's spelling
         for source in sorted(RUNTIME.glob("*.cpp")):
             objects.append(path.with_name(source.stem + ".o"))
-            run(["cc", *RUNTIME_FLAGS, "-c", str(source), "-o", str(objects[-1])])
+            run(["cc", *flags, "-c", str(source), "-o", str(objects[-1])])
         _link(objects, path)
 
     return cached(f"runtime-{_sources_key()[:24]}.so", make)
@@ -163,15 +171,32 @@ def header(mode: str) -> Path:
     return cached(f"header-{mode}-{key}.pch", make)
 
 
+def compile_repaired(text: str, source: Path, command: list[str]) -> str:
+    """Compile; where clang refuses a cast between half and bfloat, write it another way."""
+    for left in range(REPAIRS, -1, -1):
+        source.write_text(text)
+        try:
+            return run([*command, "-c", str(source)])
+        except CompilerError as exc:
+            places = {(int(m[1]), int(m[2]) - 1) for m in CAST.finditer(str(exc))}
+            lines = text.split("\n")
+            for line, at in sorted(places, reverse=True):  # lines[0] is the #line directive
+                cast = re.sub(r"([^(]+)\(", r"msl_cast<\1>(", lines[line][at:], count=1)
+                lines[line] = lines[line][:at] + cast
+            if not places or not left:
+                raise
+            text = "\n".join(lines)
+    raise AssertionError
+
+
 def kernel_library(text: str, mode: str) -> Path:
     """A kernel's library. Raises CompilerError with its errors."""
     key = hashlib.sha256((_sources_key() + mode + text).encode()).hexdigest()[:32]
 
     def make(path: Path) -> None:
         source, made = path.with_suffix(".cl"), path.with_suffix(".o")
-        source.write_text(text)
         flags = [*target(), *LANGUAGE, *MODES[mode], "-include-pch", str(header(mode))]
-        said = run(["clang", "-x", "cl", *flags, "-c", str(source), "-o", str(made)])
+        said = compile_repaired(text, source, ["clang", "-x", "cl", *flags, "-o", str(made)])
         if refused := [line for line in said.splitlines() if TO_BFLOAT.search(line)]:
             raise CompilerError("\n".join(dict.fromkeys(refused)).replace("warning:", "error:"))
         _link([made], path)

@@ -82,7 +82,7 @@ class Rewriter:
             self._skip_attribute()
         elif token.kind == "number":
             self._emit(literal(token.text))
-        elif token.text == "threadgroup" and self._declares_array():
+        elif token.text in ("threadgroup", "alignas") and self._declares_array():
             self._threadgroup_array(token)
         elif token.text == "template" and self._text_from(self.at, 2) == ["template", "[["]:
             self._skip_statement()
@@ -135,6 +135,9 @@ class Rewriter:
 
     def _declares_array(self) -> bool:
         """Whether `threadgroup` starts a declaration of memory, not of a pointer to it."""
+        first = self._text_from(self.at, 5)
+        if first[0] == "alignas" and "threadgroup" not in first:
+            return False
         depth = 0
         for token in self.tokens[self.at + 1 :]:
             if token.text in ("<", "("):
@@ -159,7 +162,7 @@ class Rewriter:
         end = self.at
         while self.tokens[end].text != ";":
             end += 1
-        inside = self.tokens[self.at + 1 : end]
+        inside = self.tokens[self.at : end]
         newlines = "\n" * sum(t.text.count("\n") for t in inside)
         self.at = end + 1
         self.out.append(self._references(inside, start.line) + newlines)
@@ -168,9 +171,9 @@ class Rewriter:
         code = [t for t in inside if t.kind not in ("newline", "comment")]
         declarators = split_top(code, ",")
         names = [first_declared(d) for d in declarators]
-        first = declarators[0]
+        first, align = without_alignas(declarators[0])
         at = next(i for i, t in enumerate(first) if t is names[0])
-        kind = "".join(literal(t.text) if t.kind == "number" else t.text for t in first[:at])
+        kind = "".join(t.text for t in first[:at] if t.text != "threadgroup")
         text = ""
         for declarator, name in zip(declarators, names, strict=True):
             suffix = declarator[next(i for i, t in enumerate(declarator) if t is name) + 1 :]
@@ -180,7 +183,8 @@ class Rewriter:
             text += (
                 f"using {alias} = {kind}{''.join(t.text for t in suffix)}; "
                 f"threadgroup {alias}& {name.text} = *(threadgroup {alias}*)(ulong)msl_array("
-                f'{len(self.arrays)}, sizeof({alias}), {line}, "{name.text}");'
+                f'{len(self.arrays)}, sizeof({alias}), {align or f"alignof({alias})"}, {line}, '
+                f'"{name.text}");'
             )
             self.arrays.append(name.text)
         return text
@@ -198,6 +202,16 @@ def split_top(code: list[Token], mark: str) -> list[list[Token]]:
         else:
             parts[-1].append(token)
     return parts
+
+
+def without_alignas(declarator: list[Token]) -> tuple[list[Token], str]:
+    """A declarator without its `alignas(...)`, and what stood in the brackets."""
+    texts = [t.text for t in declarator]
+    if "alignas" not in texts:
+        return declarator, ""
+    start = texts.index("alignas")
+    end = texts.index(")", start)
+    return declarator[:start] + declarator[end + 1 :], "".join(texts[start + 2 : end])
 
 
 def first_declared(declarator: list[Token]) -> Token:

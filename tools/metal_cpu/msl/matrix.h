@@ -66,16 +66,7 @@ MSL_AI void simdgroup_multiply_accumulate(thread simdgroup_matrix<D>& d, thread 
   }
   if (msl_arrive(MSL_SIMD_OP, line_, "simdgroup_multiply_accumulate")) {
     if (s->n_lanes != 32) msl_fail(line_, "a simdgroup_matrix needs all 32 lanes");
-    device float* x = s->mat[p][0];
-    device float* y = s->mat[p][1];
-    for (uint r = 0; r < 8; r++) {
-      float acc[8];
-      for (uint j = 0; j < 8; j++) acc[j] = s->mat[p][2][r * 8 + j];
-      for (uint k = 0; k < 8; k++) {
-        for (uint j = 0; j < 8; j++) acc[j] = __builtin_fmaf(x[r * 8 + k], y[k * 8 + j], acc[j]);
-      }
-      for (uint j = 0; j < 8; j++) s->mat[p][3][r * 8 + j] = acc[j];
-    }
+    msl_multiply(s->mat[p][0]);
   }
   msl_next();
   for (uint i = 0; i < 2; i++) d.e.d[i] = (D)s->mat[p][3][at + i];

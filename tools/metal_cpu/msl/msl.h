@@ -1,6 +1,8 @@
 // The Metal shading language on clang's "C++ for OpenCL" front end, whose address spaces are Metal's.
 #pragma once
 #pragma clang system_header
+#define __METAL__ 1
+#define __METAL_VERSION__ 310
 #define device __global
 #define threadgroup __local
 #define thread __private

@@ -12,7 +12,8 @@ bool msl_arrive(uint op, uint line, const __constant char* name); // true: the r
 void msl_next();                                // runs the next lane; returns when it is our turn
 void msl_barrier(uint flags, uint line);
 void msl_simd_barrier(uint flags, uint line);
-device void* msl_array(uint id, uint size, uint line, const __constant char* name);
+device void* msl_array(uint id, uint size, uint align, uint line, const __constant char* name);
+void msl_multiply(device float* matrices);
 void msl_fail(uint line, const __constant char* text);
 }
 

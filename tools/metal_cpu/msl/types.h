@@ -106,6 +106,12 @@ template <> struct make_unsigned<int> { typedef uint type; };
 template <> struct make_unsigned<long> { typedef ulong type; };
 template <class T> using make_unsigned_t = typename make_unsigned<T>::type;
 
+// T(v), also between half and bfloat, which clang refuses to convert.
+template <class T, class U> MSL_AI T msl_cast(U v) {
+  if constexpr (is_floating_point_v<T> && is_floating_point_v<U>) return (T)(float)v;
+  else return T(v);
+}
+
 // Reads the bytes of one type as another; both must have the same size.
 template <class To, class From> MSL_AI To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type: the two types differ in size");

@@ -96,7 +96,7 @@ template <class T, int N> struct vec : vec_data<T, N> {
     for (int i = 0; i < N; i++) d[i] = s;
   }
   template <class U, class = enable_if_t<!is_same_v<U, T>>> MSL_AI explicit vec(vec<U, N> o) {
-    for (int i = 0; i < N; i++) d[i] = T(o.d[i]);
+    for (int i = 0; i < N; i++) d[i] = msl_cast<T>(o.d[i]);
   }
   template <class U, int M, int... I, class = enable_if_t<!is_same_v<U, T> && sizeof...(I) == N>>
   MSL_AI explicit vec(swz<U, M, I...> o) : vec(vec<U, N>(o)) {}
@@ -130,11 +130,11 @@ private:
     constexpr int n = vec_traits<A>::n;
     static_assert(K + (n ? n : 1) <= N, "vector constructor: too many parts");
     if constexpr (n == 0) {
-      d[K] = T(a);
+      d[K] = msl_cast<T>(a);
       fill<K + 1>(r...);
     } else {
       vec_of<A> v = a;
-      for (int i = 0; i < n; i++) d[K + i] = T(v.d[i]);
+      for (int i = 0; i < n; i++) d[K + i] = msl_cast<T>(v.d[i]);
       fill<K + n>(r...);
     }
   }

@@ -221,11 +221,25 @@ extern "C" __bf16 __truncsfbf2(float x) {
   return __builtin_bit_cast(__bf16, r);
 }
 
+// d = a b + c of four 8x8 matrices in a row: a, b, c, d. In ascending k, each step rounded once.
+extern "C" void msl_multiply(float* m) {
+  const float *a = m, *b = m + 64, *c = m + 128;
+  for (int r = 0; r < 8; r++) {
+    float sum[8];
+    for (int j = 0; j < 8; j++) sum[j] = c[r * 8 + j];
+    for (int k = 0; k < 8; k++) {
+      for (int j = 0; j < 8; j++) sum[j] = __builtin_fmaf(a[r * 8 + k], b[k * 8 + j], sum[j]);
+    }
+    for (int j = 0; j < 8; j++) m[192 + r * 8 + j] = sum[j];
+  }
+}
+
 // ---- threadgroup memory -----------------------------------------------------------------------
 
-// Arrays lie apart in the arena, so that an overrun falls between them. The first lane to reach a
-// declaration places the array; it is garbage then.
-extern "C" void* msl_array(uint32_t id, uint32_t size, uint32_t line, const char* name) {
+// Arrays lie apart in the arena, so that an overrun falls between them, and in check mode no better
+// aligned than declared. The first lane to reach a declaration places the array; it is garbage then.
+extern "C" void* msl_array(uint32_t id, uint32_t size, uint32_t align, uint32_t line,
+                           const char* name) {
   Worker* w = worker();
   Array& a = w->arrays[id];
   if (__builtin_expect(a.seen, 1)) return w->arena + a.offset;
@@ -237,8 +251,8 @@ extern "C" void* msl_array(uint32_t id, uint32_t size, uint32_t line, const char
     strncpy(r->text, name, 95);
     stop(w);
   }
-  a = {w->array_end, size, line, 1};
-  w->array_end = (w->array_end + size + 256 + 63) & ~63u;
+  a = {w->array_end + (w->s.check && align < 64 ? align : 0), size, line, 1};
+  w->array_end = (a.offset + size + 256 + 63) & ~63u;
   memset(w->arena + a.offset, w->launch->seed ? (int)(next_random(w) | 0x81) : 0xff, size);
   if (w->s.check) check_array(w, id);
   msl_launch* l = w->launch;
