@@ -8,14 +8,16 @@ lists it, and the engine's statistics show the list.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from ds4py.cache.rows import attention_layout, index_layout
 from ds4py.cache.state import LayerDelta
-from ds4py.kernels import dense, hyper, matvec, moe
+from ds4py.config import LayerPlan
+from ds4py.kernels import compress, dense, heads, hyper, matvec, moe
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.formats import PackedMatrix
 from ds4py.kernels.hyper import HyperWeights
@@ -25,14 +27,14 @@ from ds4py.model.fused import Heads, Residual, Routing, Streams
 from ds4py.model.reference import Reference
 
 if TYPE_CHECKING:
-    from ds4py.model.attention import Attention
+    from ds4py.model.attention import Attention, Compressor
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
-    from ds4py.model.plan import StepPlan
+    from ds4py.model.plan import Closing, StepPlan
 
 Packed = tuple[PackedMatrix, ...]
 
-PLAIN = ("prepare", "choose", "attend", "leave", "route", "experts", "draft", "commit", "sample")
+PLAIN = ("choose", "attend", "leave", "route", "experts", "draft", "commit", "sample")
 """Operations that run as plain MLX operations, wholly or in part."""
 
 
@@ -43,6 +45,37 @@ class Metal(Reference):
     launcher: Launcher
     dtype: Dtype
     """Of activations."""
+    native: bool
+    """Rows are bytes of the trained formats."""
+
+    @cached_property
+    def shapes(self) -> dict[int, heads.LayerShape]:
+        """By ratio."""
+        plans = {plan.ratio: plan for plan in (*self.config.layers, *self.config.mtp_layers)}
+        return {ratio: self._shape(plan) for ratio, plan in plans.items()}
+
+    def _shape(self, plan: LayerPlan) -> heads.LayerShape:
+        c = self.config
+        rows, index_rows = attention_layout(c), index_layout(c)
+        return heads.LayerShape(
+            n_heads=c.num_attention_heads,
+            head_dim=c.head_dim,
+            rope=c.qk_rope_head_dim,
+            latent=c.q_lora_rank,
+            row_width=rows.row_bytes if self.native else c.head_dim,
+            native=self.native,
+            ratio=plan.ratio,
+            overlap=plan.overlap,
+            index_heads=c.index_n_heads if plan.indexed else 0,
+            index_dim=c.index_head_dim if plan.indexed else 0,
+            index_row_width=index_rows.row_bytes if self.native else c.index_head_dim,
+        )
+
+    @cached_property
+    def constants(self) -> Array:
+        """The norms' epsilon and the factor of the index weights."""
+        c = self.config
+        return numbers(c.rms_norm_eps, (c.index_head_dim * c.index_n_heads) ** -0.5)
 
     def embed(self, table: Array, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
         made = hyper.embed(self.launcher, tokens, table, reader.fn.arrays[0], n_streams, self.dtype)
@@ -77,16 +110,65 @@ class Metal(Reference):
     def prepare(
         self, projected: Array, queries: Array, layer: Attention, plan: StepPlan
     ) -> tuple[Heads, LayerDelta]:
-        widths = [matrix.rows.shape[0] for matrix in layer.w_in]
-        if layer.compressor is not None:
-            widths[2:4] = [widths[2] + widths[3]]
-        if layer.indexer is not None:
-            widths[3:5] = [widths[3] + widths[4]]
-        latent, row, *inputs = columns(projected, widths)
-        inputs[2:] = [weights.astype(self.dtype) for weights in inputs[2:]]
-        query = columns(queries, [matrix.rows.shape[0] for matrix in layer.w_q])
-        parts = tuple(q.astype(self.dtype) for q in query)
-        return super().prepare((latent, row.astype(self.dtype), *inputs), parts, layer, plan)
+        main, index = layer.compressor, layer.indexer
+        shape = self.shapes[layer.layer.ratio]
+        closing = None if main is None else plan.closing[main.series.name]
+        made = heads.prepare(
+            self.launcher,
+            shape,
+            projected,
+            queries,
+            plan.table(layer.layer),
+            layer.kv_norm,
+            None if main is None else main.ape,
+            None if index is None else index.ape,
+            plan.origin if closing is None else closing.step,
+            self.constants,
+            self.dtype,
+        )
+        delta = LayerDelta(made.row)
+        if main is not None and closing is not None:
+            delta.values[main.series.name] = made.values
+            if index is not None:
+                delta.values[index.series.name] = made.index_values
+            if closing.n_new:
+                self._pool(projected, layer, closing, delta, plan)
+        return Heads(made.q, (made.index_query, made.index_weights)), delta
+
+    def _pool(
+        self,
+        projected: Array,
+        layer: Attention,
+        closing: Closing,
+        delta: LayerDelta,
+        plan: StepPlan,
+    ) -> None:
+        """The rows that the new tokens complete go into the delta."""
+        series = [c for c in (layer.compressor, layer.indexer) if c is not None]
+        values = plan.state.frontier.values
+        known = [compress.Frontier(values[c.series.name], c.ape, c.norm) for c in series]
+        place = integers(layer.slot, plan.state.slot[series[0].series.name, layer.slot])
+        rows = compress.rows(
+            self.launcher,
+            self.shapes[layer.layer.ratio],
+            projected,
+            closing.n_new,
+            closing.table,
+            known[0],
+            known[1] if len(known) > 1 else None,
+            place,
+            closing.step,
+            self.constants,
+            self.dtype,
+        )
+        for compressor, new in zip(series, rows, strict=False):
+            delta.rows[compressor.series.name] = new
+
+    def _index_queries(
+        self, heads: Heads, indexer: Compressor, plan: StepPlan
+    ) -> tuple[Array, Array]:
+        query, weights = heads.index  # as `prepare` made them
+        return query, weights
 
     def grouped(self, o: Array, weight: Packed) -> Array:
         flat = o.reshape(o.shape[0], -1)
@@ -131,6 +213,12 @@ class Metal(Reference):
         parts = [x[i : i + most] for i in range(0, n, most)]
         made = [dense.project(self.launcher, p, maps, self.dtype, **how) for p in parts]
         return self.ops.concatenate(made)
+
+
+@cache
+def integers(*values: int) -> mx.array:
+    """The same for places: int32."""
+    return mx.array(values, mx.int32)
 
 
 @cache

@@ -6,28 +6,15 @@ position and the number of new tokens only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from ds4py.cache.state import SequenceState, Series
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels import rope
 from ds4py.kernels.ops import Array, Ops
-
-
-@dataclass(frozen=True)
-class Closing:
-    """The rows of one series that the new tokens complete."""
-
-    n_old: int
-    """Rows committed before this step."""
-    n_new: int
-    visible: Array
-    """Rows each query may see, counting the new ones: [S, 1] int32."""
-    rotation: rope.Rotation | None
-    """For the new rows, at the position of their window's first token; None without rows."""
 
 
 class Frequencies:
@@ -52,11 +39,20 @@ class StepPlan:
         self.ops, self.config, self.freqs, self.state = ops, config, freqs, state
         self.n_tokens, self.start = n_tokens, state.position
         self.positions = np.arange(self.start, self.start + n_tokens)
-        self.closing = {s.name: self._closing(s) for s in state.series}
+        self.closing = {s.name: Closing(self, s) for s in state.series}
 
     def turn(self, layer: LayerPlan) -> rope.Rotation:
         """For q, window rows and outputs of a layer, [S, head_dim]."""
         return self.compressed if layer.compressed else self.sliding
+
+    def table(self, layer: LayerPlan) -> Array:
+        """The same as the kernels read it, [S, rope / 2, 2]."""
+        return self._compressed_table if layer.compressed else self._sliding_table
+
+    @cached_property
+    def origin(self) -> Array:
+        """For layers without compressed rows, what `Closing.step` is for the others."""
+        return self.ops.array(np.array([self.start, 0], np.int32))
 
     @cached_property
     def sliding(self) -> rope.Rotation:
@@ -81,15 +77,50 @@ class StepPlan:
         slots = np.arange(1 - self.config.sliding_window, 1)
         return self.ops.array((self.positions[:, None] + slots >= 0)[:, None])
 
+    @cached_property
+    def _sliding_table(self) -> Array:
+        return rope.table(self.ops, self.positions, self.freqs.sliding)
+
+    @cached_property
+    def _compressed_table(self) -> Array:
+        return rope.table(self.ops, self.positions, self.freqs.compressed)
+
     def _rotation(self, freqs: rope.F32, width: int) -> rope.Rotation:
         return rope.rotation(self.ops, self.positions, freqs, width)
 
-    def _closing(self, s: Series) -> Closing:
-        n_old = s.count(self.start)
-        n_new = s.count(self.start + self.n_tokens) - n_old
-        visible = self.ops.array(((self.positions + 1) // s.ratio)[:, None].astype(np.int32))
-        if not n_new:
-            return Closing(n_old, 0, visible, None)
-        first_tokens = s.ratio * np.arange(n_old, n_old + n_new)
-        table = rope.rotation(self.ops, first_tokens, self.freqs.compressed, s.width)
-        return Closing(n_old, n_new, visible, table)
+
+class Closing:
+    """The rows of one series that the new tokens complete. Arrays are made when asked for."""
+
+    def __init__(self, plan: StepPlan, series: Series):
+        self.n_old = series.count(plan.start)
+        """Rows committed before this step."""
+        self.n_new = series.count(plan.start + plan.n_tokens) - self.n_old
+        self._plan, self._series = plan, series
+
+    @property
+    def _first_tokens(self) -> npt.NDArray[np.int64]:
+        """Positions of the new rows: those of their windows' first tokens."""
+        return self._series.ratio * np.arange(self.n_old, self.n_old + self.n_new)
+
+    @cached_property
+    def visible(self) -> Array:
+        """Rows each query may see, counting the new ones: [S, 1] int32."""
+        rows = (self._plan.positions + 1) // self._series.ratio
+        return self._plan.ops.array(rows[:, None].astype(np.int32))
+
+    @cached_property
+    def rotation(self) -> rope.Rotation:
+        """For the new rows."""
+        plan, width = self._plan, self._series.width
+        return rope.rotation(plan.ops, self._first_tokens, plan.freqs.compressed, width)
+
+    @cached_property
+    def table(self) -> Array:
+        """The same as the kernels read it, [n_new, rope / 2, 2]."""
+        return rope.table(self._plan.ops, self._first_tokens, self._plan.freqs.compressed)
+
+    @cached_property
+    def step(self) -> Array:
+        """Where the step begins, as the kernels take it: int32 [first position, n_old]."""
+        return self._plan.ops.array(np.array([self._plan.start, self.n_old], np.int32))

@@ -92,7 +92,6 @@ class Reference:
         half = needed.shape[1] // 2
         row = compress.pool(ops, needed[:, :half], needed[:, half:], s.ratio, s.overlap)
         row = rms_norm(ops, row.astype(dtype), compressor.norm, self.config.rms_norm_eps)
-        assert closing.rotation is not None
         delta.rows[s.name] = compressor.format.pack(rotate(ops, row, closing.rotation))
 
     def choose(
@@ -102,7 +101,7 @@ class Reference:
         visible row fits and no scores are needed."""
         if layer.indexer is None:
             return None
-        ops, c, s = self.ops, self.config, layer.indexer.series
+        ops, s = self.ops, layer.indexer.series
         closing = plan.closing[s.name]
         n_rows = closing.n_old + closing.n_new
         if n_rows == 0:
@@ -110,13 +109,20 @@ class Reference:
         if n_rows <= layer.n_chosen:
             tile = _tile(layer)
             return index.first(ops, closing.visible, -(-n_rows // tile) * tile)
-        query, weights = heads.index
-        q = rotate(ops, query.reshape(-1, c.index_n_heads, s.width), plan.indexer)
-        if layer.indexer.format.rounded:  # else Hadamard cancels between query and row
-            q = rounding.fp4_round(ops, q)
-        weights = weights.astype(ops.wide) * (s.width * c.index_n_heads) ** -0.5
+        q, weights = self._index_queries(heads, layer.indexer, plan)
         score = self._scores(q, weights, delta.rows.get(s.name), layer, plan)
         return index.select(ops, score, closing.visible, layer.n_chosen)
+
+    def _index_queries(
+        self, heads: Heads, indexer: Compressor, plan: StepPlan
+    ) -> tuple[Array, Array]:
+        """[S, index heads, d], rotated and rounded, and the heads' weights [S, index heads]."""
+        ops, (query, weights) = self.ops, heads.index
+        n_heads, width = self.config.index_n_heads, indexer.series.width
+        q = rotate(ops, query.reshape(-1, n_heads, width), plan.indexer)
+        if indexer.format.rounded:  # else Hadamard cancels between query and row
+            q = rounding.fp4_round(ops, q)
+        return q, weights.astype(ops.wide) * (width * n_heads) ** -0.5
 
     def _scores(
         self, q: Array, weights: Array, new_rows: Array | None, layer: Attention, plan: StepPlan

@@ -52,7 +52,7 @@ class Loader:
         self.fused: Fused = Reference(self.ops, self.config)
         self.maps: Maps = FloatMaps(self.checkpoint, self.ops, self.dtype)
         if self.launcher is not None:
-            self.fused = Metal(self.ops, self.config, self.launcher, self.dtype)
+            self.fused = Metal(self.ops, self.config, self.launcher, self.dtype, self.native_rows)
             self.maps = PackedMaps(self.checkpoint, self.dtype)
         self.experts = ResidentExperts(self.ops, self.config.swiglu_limit)
         if self.trained_rounding:
