@@ -24,9 +24,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ds4py.errors import InputError
+from ds4py.server import anthropic
 from ds4py.server import body as bodies
+from ds4py.server.anthropic import CountBody, MessagesBody, MessagesExchange
 from ds4py.server.errors import ApiError, NotReady
+from ds4py.server.kept import Kept
 from ds4py.server.openai_chat import ChatBody, ChatExchange
+from ds4py.server.openai_completions import CompletionBody, CompletionExchange
+from ds4py.server.openai_responses import ResponsesBody, ResponsesExchange
 from ds4py.server.prompt import PromptWriter
 from ds4py.server.respond import Exchange, Inbox, Pace, Stream, Whole, to_json
 from ds4py.server.worker import Worker
@@ -64,6 +69,7 @@ class Service:
         self.worker = worker
         self.rules = rules
         self.created = int(time.time())
+        self.kept = Kept()
         self._writer: PromptWriter | None = None
 
     @property
@@ -132,6 +138,39 @@ async def chat_completions(request: HttpRequest) -> Response:
     return await service.answer(lambda: ChatExchange(body, writer, service.rules.thinking))
 
 
+async def completions(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    body = await read_body(request, CompletionBody)
+    writer = service.writer
+    service.check_model(body.model)
+    return await service.answer(lambda: CompletionExchange(body, writer))
+
+
+async def responses(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    body = await read_body(request, ResponsesBody)
+    writer, thinks = service.writer, service.rules.thinking
+    service.check_model(body.model)
+    return await service.answer(lambda: ResponsesExchange(body, writer, service.kept, thinks))
+
+
+async def messages(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    body = await read_body(request, MessagesBody)
+    writer = service.writer
+    service.check_model(body.model)
+    return await service.answer(lambda: MessagesExchange(body, writer))
+
+
+async def count_tokens(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    body = await read_body(request, CountBody)
+    service.check_model(body.model)
+    made = anthropic.conversation(body)
+    tokens = await asyncio.to_thread(service.writer.tokens, made)
+    return reply({"input_tokens": len(tokens)})
+
+
 class TokenizeBody(bodies.Body):
     """A text, or token ids."""
 
@@ -172,7 +211,7 @@ async def detokenize(request: HttpRequest) -> Response:
     return reply({"content": await asyncio.to_thread(writer.tokenizer.decode, body.tokens)})
 
 
-def _model_object(service: Service, anthropic: bool) -> dict[str, Any]:
+def _model_object(service: Service, for_anthropic: bool) -> dict[str, Any]:
     """The model under the names by which clients look for its context."""
     writer = service.writer
     described = {
@@ -184,17 +223,25 @@ def _model_object(service: Service, anthropic: bool) -> dict[str, Any]:
         "max_model_len": writer.context,
         "meta": {"n_ctx": writer.context, "n_ctx_train": writer.context},
     }
-    if anthropic:
+    if for_anthropic:
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.created))
-        described |= {"type": "model", "display_name": writer.model, "created_at": made}
+        described |= {
+            "type": "model",
+            "display_name": writer.model,
+            "created_at": made,
+            "lifecycle": "active",
+            "max_input_tokens": writer.context,
+            "max_tokens": writer.context,
+            **dict.fromkeys(("capabilities", "line", "deprecated_at", "retires_at")),
+        }
     return described
 
 
 async def models(request: HttpRequest) -> Response:
-    anthropic = "anthropic-version" in request.headers
-    found = _model_object(request.app.state.service, anthropic)
+    for_anthropic = "anthropic-version" in request.headers
+    found = _model_object(request.app.state.service, for_anthropic)
     ends = {"has_more": False, "first_id": found["id"], "last_id": found["id"]}
-    return reply({"object": "list", "data": [found], **(ends if anthropic else {})})
+    return reply({"object": "list", "data": [found], **(ends if for_anthropic else {})})
 
 
 async def one_model(request: HttpRequest) -> Response:
@@ -314,6 +361,10 @@ def make_app(worker: Worker, rules: Rules) -> ASGIApp:
     app = Starlette(
         routes=[
             route("/v1/chat/completions", chat_completions, "POST"),
+            route("/v1/completions", completions, "POST"),
+            route("/v1/responses", responses, "POST"),
+            route("/v1/messages", messages, "POST"),
+            route("/v1/messages/count_tokens", count_tokens, "POST"),
             route("/v1/models", models, "GET"),
             route("/v1/models/{name:path}", one_model, "GET"),
             route("/tokenize", tokenize, "POST"),

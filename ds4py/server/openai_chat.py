@@ -146,7 +146,9 @@ class ChatExchange:
         }
         asked = conversation(body, thinks)
         stop = check_stops(body.stop, "stop")
-        first = writer.request(asked, _sampling(body, 0, writer.vocab_size), stop, new_call_id)
+        first = writer.request(
+            asked, _sampling(body, 0, writer.vocab_size), stop, parts.new_call_id
+        )
         self.requests: list[Request] = [
             writer.again(first, _sampling(body, choice, writer.vocab_size))
             for choice in range(body.n)
@@ -183,7 +185,7 @@ class ChatExchange:
     def end(self) -> str:
         out = ""
         if self._usage_wanted:
-            used = parts.usage([finished.usage for finished in self._finished])
+            used = parts.usage([finished.usage for finished in self._finished], len(self.requests))
             out = frame({**self._chunk_head, "choices": [], "usage": used, **self._timings()})
         return f"{out}data: [DONE]\n\n"
 
@@ -199,7 +201,9 @@ class ChatExchange:
             **self._head,
             "object": "chat.completion",
             "choices": [self._choice(i, answer) for i, answer in enumerate(answers)],
-            "usage": parts.usage([finished.usage for finished in self._finished]),
+            "usage": parts.usage(
+                [finished.usage for finished in self._finished], len(self.requests)
+            ),
             **self._timings(),
         }
 
@@ -241,10 +245,6 @@ class ChatExchange:
             "logprobs": chances if self._chances_wanted else None,
             "finish_reason": FINISH_REASONS[answer.finished.reason],
         }
-
-
-def new_call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
 
 
 def _sampling(body: ChatBody, choice: int, vocab_size: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any, Literal
 
 from pydantic import Field
@@ -174,12 +175,13 @@ def format_of(kind: str, schema: dict[str, Any] | None, param: str) -> Format | 
     return Format(schema)
 
 
-def usage(usages: list[Usage]) -> dict[str, Any]:
-    """Chat's and completions' usage: the prompt counts once, however many answers it had.
+def usage(usages: list[Usage], n: int) -> dict[str, Any]:
+    """Chat's and completions' usage: a prompt counts once, however many (`n`) answers it had.
 
     The cache's hits and misses are there under DeepSeek's names, too.
     """
-    prompt, cached = usages[0].prompt, max(usage.cached for usage in usages)
+    prompt = sum(used.prompt for used in usages[::n])
+    cached = sum(used.cached for used in usages[::n])
     completion = sum(usage.completion for usage in usages)
     reasoning = sum(usage.reasoning for usage in usages)
     return {
@@ -206,6 +208,11 @@ def timings(finished: Finished) -> dict[str, Any]:
         "predicted_ms": round(1000 * finished.decode_s, 3),
         "predicted_per_second": _rate(used.completion, finished.decode_s),
     }
+
+
+def new_call_id() -> str:
+    """An id of a call, never given twice."""
+    return f"call_{secrets.token_hex(12)}"
 
 
 def chance(found: Chance) -> dict[str, Any]:

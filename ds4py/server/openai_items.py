@@ -1,0 +1,118 @@
+"""Input items of the Responses API -> messages.
+
+Items of one answer stand side by side there: reasoning, a message, calls. Here they are one
+assistant message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ds4py.server.errors import ApiError
+from ds4py.server.kept import Kept
+from ds4py.server.openai_parts import ContentPart, called, text_of
+
+ROLES = ("user", "assistant", "system", "developer")
+_CONTENT: TypeAdapter[str | list[ContentPart] | None] = TypeAdapter(str | list[ContentPart] | None)
+
+
+def translated(items: list[Any], kept: Kept) -> list[dict[str, Any]]:
+    """Messages of the items. Raises ApiError naming the item at fault."""
+    builder = _Builder()
+    for index, item in enumerate(items):
+        where = f"input.{index}"
+        if not isinstance(item, dict):
+            raise ApiError("is no object", param=where)
+        if item.get("type") == "item_reference":
+            item = _referred(item.get("id"), kept, where)
+        builder.add(item, where)
+    return builder.messages
+
+
+class _Builder:
+    """Collects messages; the last assistant message stays open for more of its items."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    def add(self, item: dict[str, Any], where: str) -> None:
+        kind = item.get("type", "message" if "role" in item else None)
+        if kind == "message":
+            self._message(item, where)
+        elif kind == "reasoning":
+            self._answer(new=True)["reasoning_content"] += _reasoning(item)
+        elif kind == "function_call":
+            self._call(item, where)
+        elif kind == "function_call_output":
+            call_id = _text_field(item, "call_id", where)
+            output = _content(item.get("output"), f"{where}.output")
+            self.messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
+        else:
+            raise ApiError(f"is an item of type {kind!r}, which is not supported", param=where)
+
+    def _message(self, item: dict[str, Any], where: str) -> None:
+        role = item.get("role")
+        if role not in ROLES:
+            raise ApiError(f"need one of {', '.join(ROLES)}", param=f"{where}.role")
+        content = _content(item.get("content"), f"{where}.content")
+        if role != "assistant":
+            self.messages.append({"role": role, "content": content})
+            return
+        answer = self._answer(new=False)
+        answer["content"] = "\n\n".join(text for text in (answer["content"], content) if text)
+
+    def _call(self, item: dict[str, Any], where: str) -> None:
+        call_id, name = (_text_field(item, key, where) for key in ("call_id", "name"))
+        arguments = item.get("arguments") or "{}"
+        if not isinstance(arguments, str | dict):
+            raise ApiError("is no string", param=f"{where}.arguments")
+        self._answer(new=False).setdefault("tool_calls", []).append(
+            called(call_id, name, arguments)
+        )
+
+    def _answer(self, new: bool) -> dict[str, Any]:
+        """The open assistant message. new: reasoning begins one where the last has its answer."""
+        last = self.messages[-1] if self.messages else None
+        if last is None or last["role"] != "assistant" or (new and _is_answered(last)):
+            last = {"role": "assistant", "content": "", "reasoning_content": ""}
+            self.messages.append(last)
+        return last
+
+
+def _is_answered(message: dict[str, Any]) -> bool:
+    return bool(message["content"] or message.get("tool_calls"))
+
+
+def _reasoning(item: dict[str, Any]) -> str:
+    """An item's reasoning: its text, else its summary. What is encrypted elsewhere is lost."""
+    for key in ("content", "summary"):
+        texts = item.get(key)
+        if isinstance(texts, list) and texts:
+            found = [part.get("text") for part in texts if isinstance(part, dict)]
+            return "\n\n".join(text for text in found if isinstance(text, str))
+    return ""
+
+
+def _content(content: Any, where: str) -> str:
+    try:
+        return text_of(_CONTENT.validate_python(content), where)
+    except ValidationError:
+        raise ApiError("need a text or a list of parts", param=where) from None
+
+
+def _text_field(item: dict[str, Any], key: str, where: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str) or not value:
+        raise ApiError("is missing or no string", param=f"{where}.{key}")
+    return value
+
+
+def _referred(item_id: Any, kept: Kept, where: str) -> dict[str, Any]:
+    found = kept.item(item_id) if isinstance(item_id, str) else None
+    if found is None:
+        raise ApiError(
+            f"the item {item_id!r} is not known here; send the item itself", param=f"{where}.id"
+        )
+    return dict(found)
