@@ -97,6 +97,10 @@ ThinkFirst = Annotated[
 ]
 StrictModel = Annotated[bool, typer.Option("--strict-model", help="Refuse names of other models.")]
 MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="Longest body of a request.")]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory of conversations. Default: at most 4 GiB."),
+]
 Grace = Annotated[
     float, typer.Option(min=0, metavar="S", help="Seconds answers may take after SIGTERM.")
 ]
@@ -254,6 +258,7 @@ def serve(
     think: ThinkFirst = True,
     strict_model: StrictModel = False,
     max_body: MaxBody = "64MB",
+    kv_memory: KvMemory = None,
     grace: Grace = 10.0,
     context: ContextSize = None,
     memory: Memory = None,
@@ -277,6 +282,7 @@ def serve(
         thinking=think,
         strict_model=strict_model,
         max_body=max_body,
+        kv_memory=kv_memory,
         grace_s=grace,
     )
     return run(settings, options)

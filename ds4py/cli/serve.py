@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ds4py import Engine
+    from ds4py.engine.scheduler import Scheduler
+    from ds4py.server.worker import Opener
+
+DEFAULT_KV_BYTES = 4 << 30
+"""Memory of all sessions where nobody says; never less than one full context takes."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class ServeOptions:
     thinking: bool
     strict_model: bool
     max_body: str
+    kv_memory: str | None
     grace_s: float
 
 
@@ -60,7 +66,7 @@ def run(settings: Settings, options: ServeOptions) -> int:
         thinking=options.thinking,
         max_body=parse_size(options.max_body),
     )
-    worker = Worker(_opener(settings), options.slots, options.queue)
+    worker = Worker(_opener(settings, options), options.slots, options.queue)
     with ExitStack() as stack:
         listeners, names = [], []
         if options.port is not None:
@@ -79,15 +85,19 @@ def run(settings: Settings, options: ServeOptions) -> int:
     return 0
 
 
-def _opener(settings: Settings) -> "Callable[[Callable[[str, int, int], None]], Engine]":
-    def opener(progress: "Callable[[str, int, int], None]") -> "Engine":
+def _opener(settings: Settings, options: ServeOptions) -> "Opener":
+    def opener(progress: "Callable[[str, int, int], None]") -> "tuple[Engine, Scheduler]":
         from ds4py import Engine
         from ds4py.engine.engine import resolve
+        from ds4py.engine.scheduler import Scheduler
 
         path = resolve(settings.model.name, models_directory())
         engine = Engine.open(path, settings.engine_options(), progress)
         tokenizer_of(engine)
-        return engine
+        if options.kv_memory is not None:
+            return engine, Scheduler(engine, parse_size(options.kv_memory))
+        one = engine.session_bytes(engine.context)
+        return engine, Scheduler(engine, max(one, min(options.slots * one, DEFAULT_KV_BYTES)))
 
     return opener
 

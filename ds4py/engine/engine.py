@@ -124,6 +124,10 @@ class Engine:
         """A new, empty timeline."""
         return Session(self)
 
+    def session_bytes(self, n_tokens: int) -> int:
+        """Most memory that a session of that length takes, with its checkpoints."""
+        return self.model.new_state().n_bytes_at(n_tokens) * 5 // 4
+
     def restore(self, path: os.PathLike[str] | str) -> Session:
         """A session from a file written by `Session.save`. Raises InputError."""
         session = Session(self)

@@ -61,8 +61,10 @@ class Turn:
 class Generation:
     """The state of one answer. `usage`, `turn` and `finished` are complete at its end."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, prompt: list[int], tokenizer: Tokenizer) -> None:
+        """prompt: the request's, perhaps in other ids for the same text."""
         self.request = request
+        self.prompt = prompt
         self.tokens: list[int] = []
         self.cached = 0
         self.finished: Finished | None = None
@@ -77,20 +79,13 @@ class Generation:
 
     def read(self, session: Session, size: int) -> Iterator[tuple[int, int]]:
         """Bring the session to the prompt, yielding (done, total) after each slice of `size`."""
-        prompt, held = self.request.prompt, session.tokens
-        n, common = len(prompt), 0
-        while common < min(n, len(held)) and prompt[common] == held[common]:
-            common += 1
-        end = common
-        first = True
-        while first or end < n:
-            start = perf_counter()
-            end = min(n, (end // size + 1) * size)
-            reused = session.sync(prompt[:end])
-            if first:
-                self.cached, first = reused, False
+        start = perf_counter()
+        slices = session.sync_slices(self.prompt, size)
+        self.cached = session.reused
+        for progress in slices:
             self.prefill_s += perf_counter() - start
-            yield end - self.cached, n - self.cached
+            yield progress
+            start = perf_counter()
 
     def stream(self, session: Session) -> Iterator[Token]:
         """The tokens of the answer, each for `take`."""
@@ -157,7 +152,7 @@ class Generation:
         return [Content(text)] if text else []
 
     def _finish(self, reason: str) -> Finished:
-        usage = Usage(len(self.request.prompt), self.cached, len(self.tokens), self._n_reasoning)
+        usage = Usage(len(self.prompt), self.cached, len(self.tokens), self._n_reasoning)
         since = self._decoding_since
         decode_s = perf_counter() - since if since is not None else 0.0
         self.finished = Finished(reason, usage, self._stops.found, self.prefill_s, decode_s)

@@ -16,15 +16,17 @@ from time import perf_counter
 from typing import Protocol
 
 from ds4py.engine.engine import Engine
+from ds4py.engine.scheduler import Scheduler
 from ds4py.engine.session import Session, Token
-from ds4py.errors import InputError
-from ds4py.server.errors import ApiError, Busy, NotReady
+from ds4py.errors import CapacityError
+from ds4py.server.errors import Busy, NotReady
 from ds4py.server.generation import Generation
 from ds4py.server.request import Event, Failed, Reading, Request
-from ds4py.server.sessions import LiveSessions, Sessions
 
-Opener = Callable[[Callable[[str, int, int], None]], Engine]
-"""Loads the model, reporting progress."""
+Opener = Callable[[Callable[[str, int, int], None]], tuple[Engine, Scheduler]]
+"""Loads the model, reporting progress, and makes what its sessions come from."""
+MAX_RESERVED = 4096
+"""Tokens of answer that memory is kept free for; agents ask for far more than they use."""
 
 SLICE = 128
 """Prompt tokens read at a time while answers are running."""
@@ -91,7 +93,8 @@ class Worker:
         self._queue: deque[Job] = deque()
         self._active: list[Job] = []
         self._stopping = False
-        self._sessions: Sessions | None = None
+        self._scheduler: Scheduler | None = None
+        self._retry_at = 0.0  # when there may be memory for the first of the queue
         self._step: Stepper = step_each
         self._decode_until = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -165,8 +168,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            engine = self._opener(self._progress)
-            self._sessions = LiveSessions(engine, self._slots)
+            engine, self._scheduler = self._opener(self._progress)
             self.engine = engine
         except BaseException as error:
             self.error = error
@@ -189,26 +191,42 @@ class Worker:
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when stopping."""
         with self._wake:
-            while not self._stopping and not self._queue and not self._active:
-                self._wake.wait()
+            while not self._stopping and not self._active:
+                pause = self._retry_at - perf_counter()
+                if self._queue and pause <= 0:
+                    break
+                self._wake.wait(pause if self._queue else None)
             return not self._stopping
 
     def _admit(self) -> None:
         """Give sessions to the requests that have waited longest."""
-        assert self._sessions is not None and self.engine is not None
-        while True:
+        assert self._scheduler is not None and self.engine is not None
+        assert self.engine.tokenizer is not None
+        while len(self._active) < self._slots and perf_counter() >= self._retry_at:
             with self._wake:
                 if not self._queue:
                     return
                 job = self._queue[0]
-                session = self._sessions.acquire(job.request.prompt)
-                if session is None:
+            prompt = self._scheduler.respell(job.request.prompt)
+            answer = min(job.request.sampling.max_tokens or MAX_RESERVED, MAX_RESERVED)
+            error: Exception | None = None
+            try:
+                job.session = self._scheduler.acquire(prompt, answer=answer)
+            except CapacityError as full:
+                if full.retry_after is not None:
+                    self._retry_at = perf_counter() + full.retry_after
                     return
-                self._queue.popleft()
-                self._active.append(job)
-            assert self.engine.tokenizer is not None
-            job.session = session
-            job.generation = Generation(job.request, self.engine.tokenizer)
+                error = full
+            except Exception as failure:
+                error = failure
+            with self._wake:
+                if job in self._queue:
+                    self._queue.remove(job)
+            if error is not None:
+                self._fail(job, error)
+                continue
+            self._active.append(job)
+            job.generation = Generation(job.request, prompt, self.engine.tokenizer)
 
     def _turn(self) -> None:
         """One slice of one prompt, if it is time for one, and one token for every answer."""
@@ -284,20 +302,22 @@ class Worker:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self.counters.failed += 1
-        self._leave(job, broken=not isinstance(error, ApiError | InputError))
+        self._leave(job)
         job.deliver([Failed(error)])
 
-    def _leave(self, job: Job, broken: bool = False) -> None:
-        """Give the job's session back."""
-        assert self._sessions is not None and job.session is not None
+    def _leave(self, job: Job) -> None:
+        """Give the job's session back; what it has read stays."""
+        assert self._scheduler is not None
         if job.tokens is not None:
             job.tokens.close()  # type: ignore[attr-defined]
         if job in self._active:
             self._active.remove(job)
-        if broken:
-            self._sessions.discard(job.session)
-        else:
-            self._sessions.release(job.session)
+        if job.session is not None:
+            finished = job.generation.finished if job.generation is not None else None
+            calls = finished is not None and finished.reason == "tool_calls"
+            self._scheduler.release(job.session, awaiting_tool=calls)
+            job.session = None
+        self._retry_at = 0.0
 
     def _end_all(self) -> None:
         with self._wake:
@@ -311,5 +331,5 @@ class Worker:
             self._leave(job)
             if not job.cancelled:
                 job.deliver([Failed(reason)])
-        if self._sessions is not None:
-            self._sessions.close()
+        if self._scheduler is not None:
+            self._scheduler.close()

@@ -3,33 +3,19 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import anthropic
-import httpx2
-import openai
+from tests.server.clients import Clients
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass
-class Served:
+class Served(Clients):
     """A server process and the ways to reach it."""
 
-    process: "subprocess.Popen[str]"
-    url: str
-    uds: str
-
-    def http(self, **options: Any) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=60, **options)
-
-    def openai(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
-
-    def anthropic(self, **options: Any) -> anthropic.Anthropic:
-        return anthropic.Anthropic(base_url=self.url, api_key="none", max_retries=0, **options)
+    def __init__(self, process: "subprocess.Popen[str]", url: str, uds: str) -> None:
+        super().__init__()
+        self.process, self.url, self.uds = process, url, uds
 
 
 def start(directory: Path, *options: str, env: dict[str, str] | None = None) -> Served:
@@ -60,5 +46,6 @@ def stop(served: Served) -> int:
 
 def wait(served: Served) -> int:
     """The exit code of a server that is stopping."""
+    served.close()
     _, _ = served.process.communicate(timeout=60)
     return served.process.returncode

@@ -25,6 +25,8 @@ from ds4py.server.worker import Worker
 from ds4py.text import tokenizer as tokenizers
 from ds4py.text.detokenizer import Detokenizer
 from ds4py.text.messages import CONTROL_TOKENS, EOS, Segment
+from ds4py.text.spelling import common_prefix
+from tests.server.clients import Clients
 
 _CONTROL = re.compile("(" + "|".join(map(re.escape, CONTROL_TOKENS)) + ")")
 
@@ -61,19 +63,24 @@ class ScriptedSession:
     def __init__(self, engine: ScriptedEngine) -> None:
         self.engine = engine
         self.tokens: list[int] = []
+        self.reused = 0
 
     @property
     def position(self) -> int:
         return len(self.tokens)
 
-    def sync(self, tokens: Sequence[int], progress: Any = None) -> int:
+    def sync_slices(self, tokens: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:
         check_tokens(list(tokens), self.engine.context, self.engine.config.vocab_size)
-        reused = 0
-        while reused < min(len(tokens), self.position) and self.tokens[reused] == tokens[reused]:
-            reused += 1
-        self.engine.script.before_slice(reused)
-        self.tokens = list(tokens)
-        return reused
+        self.reused = common_prefix(self.tokens, tokens)
+        self.tokens = self.tokens[: self.reused]
+        return self._read(list(tokens), chunk)
+
+    def _read(self, tokens: list[int], chunk: int) -> Iterator[tuple[int, int]]:
+        total = len(tokens) - self.reused
+        while self.position < len(tokens):
+            self.engine.script.before_slice(self.position)
+            self.tokens = tokens[: self.position + chunk]
+            yield self.position - self.reused, total
 
     def generate(self, options: Any, constraint: Any = None) -> Iterator[Token]:
         script, tokenizer = self.engine.script, self.engine.tokenizer
@@ -114,18 +121,40 @@ class ScriptedEngine:
         )
         self.options = SimpleNamespace(prefill_chunk=512)
 
-    def session(self) -> Any:
-        return ScriptedSession(self)
+
+class ScriptedScheduler:
+    """Lends the session that was used last, or a new one."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.engine = engine
+        self.free: list[ScriptedSession] = []
+        self.n_lent = 0
+
+    def respell(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def acquire(self, tokens: list[int], answer: int) -> ScriptedSession:
+        self.n_lent += 1
+        return self.free.pop() if self.free else ScriptedSession(self.engine)
+
+    def release(self, session: ScriptedSession, awaiting_tool: bool) -> None:
+        self.n_lent -= 1
+        self.free.append(session)
+
+    def close(self) -> None:
+        self.free.clear()
 
 
-class Running:
+class Running(Clients):
     """A server in a thread of this process, on TCP and, if wanted, a Unix socket."""
 
     def __init__(
         self, engine: Any, rules: Rules | None = None, slots: int = 4, queue: int = 64
     ) -> None:
-        self.worker = Worker(lambda progress: engine, slots, queue)
+        super().__init__()
         self.engine = engine
+        self.scheduler: Any = ScriptedScheduler(engine)
+        self.worker = Worker(lambda progress: (engine, self.scheduler), slots, queue)
         listener = listen.open_tcp("127.0.0.1", 0)
         self.address: tuple[str, int] = listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
@@ -146,7 +175,8 @@ class Running:
         assert self._ready.wait(60)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         self._stop()
         self._thread.join(30)
         assert not self._thread.is_alive()
@@ -167,7 +197,8 @@ def main() -> None:
         print(listener.getsockname()[1], flush=True)
 
     engine: Any = ScriptedEngine(script)
-    worker = Worker(lambda progress: engine, 4, 64)
+    scheduler: Any = ScriptedScheduler(engine)
+    worker = Worker(lambda progress: (engine, scheduler), 4, 64)
     listen.run(worker, Rules(), [listener], 1.0, announce)
 
 

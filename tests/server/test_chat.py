@@ -55,16 +55,20 @@ def test_a_stream_equals_the_whole(served: Any) -> None:
     assert 0 < chunks[-1].usage.completion_tokens_details.reasoning_tokens < 45
 
 
-def test_the_same_prompt_again_is_cached(served: Any) -> None:
-    messages: Any = [{"role": "user", "content": "Tell me a story about a fox. " * 90}]
-    used = []
-    for _ in range(2):
-        answer = served.openai().chat.completions.create(
-            model="m", messages=messages, max_tokens=1, extra_body=OFF
-        )
-        used.append(answer.usage.prompt_tokens_details.cached_tokens)
-    assert used[0] == 0
-    assert used[1] >= 512
+def test_what_was_read_or_written_is_not_read_again(served: Any) -> None:
+    """The same prompt, and the next turn of the conversation: all but the new tokens are cached."""
+    messages: Any = [{"role": "user", "content": "Tell me a story about a fox. " * 20}]
+    ask: Any = {"model": "m", "temperature": 0, "extra_body": OFF}
+    create = served.openai().chat.completions.create
+    first = create(messages=messages, **ask)
+    again = create(messages=messages, **ask)
+    assert again.choices[0].message.content == first.choices[0].message.content
+    n_prompt = first.usage.prompt_tokens
+    assert again.usage.prompt_tokens_details.cached_tokens >= n_prompt - 1
+    messages += [first.choices[0].message.model_dump(), {"role": "user", "content": "And then?"}]
+    turn = create(messages=messages, **ask)
+    cached = turn.usage.prompt_tokens_details.cached_tokens
+    assert cached >= n_prompt + first.usage.completion_tokens - 1
 
 
 def test_over_a_unix_socket(served: Any) -> None:
@@ -110,7 +114,7 @@ def test_calls_arrive_piece_by_piece() -> None:
         "</｜DSML｜tool_calls>"
     )
     with Running(ScriptedEngine(Script([block]))) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        client = server.openai()
         stream = client.chat.completions.create(
             model="m", messages=SUM, tools=[TOOL], stream=True, extra_body=OFF
         )
@@ -135,7 +139,7 @@ def test_without_parallel_calls_the_first_ends_the_answer() -> None:
     one = '<｜DSML｜invoke name="get_weather">\n</｜DSML｜invoke>\n'
     script = Script([f"\n\n<｜DSML｜tool_calls>\n{one}{one}</｜DSML｜tool_calls>"])
     with Running(ScriptedEngine(script)) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        client = server.openai()
         answer = client.chat.completions.create(
             model="m", messages=SUM, tools=[TOOL], parallel_tool_calls=False, extra_body=OFF
         )
@@ -147,7 +151,7 @@ def test_without_parallel_calls_the_first_ends_the_answer() -> None:
 def test_stop_strings_end_visible_text_only(stop: Any) -> None:
     script = Script(["this is thought</think>that was, that is not"])
     with Running(ScriptedEngine(script)) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        client = server.openai()
         answer = client.chat.completions.create(model="m", messages=SUM, stop=stop)
     message = answer.choices[0].message
     assert message.reasoning_content == "this is thought"
@@ -177,7 +181,7 @@ def test_several_choices_and_logprobs(served: Any) -> None:
 
 def test_the_limit_of_tokens_and_the_end_of_the_context() -> None:
     with Running(ScriptedEngine(Script(["word " * 50]), context=40)) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = server.openai()
         create = client.chat.completions.create
         answer = create(model="m", messages=SUM, max_tokens=3, extra_body=OFF)
         assert answer.choices[0].finish_reason == "length"
@@ -202,7 +206,7 @@ def test_control_tokens_in_texts_stay_texts() -> None:
     spelled = "<｜User｜></think><｜end▁of▁sentence｜>｜DSML｜"
     script = Script(["done"])
     with Running(ScriptedEngine(script)) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        client = server.openai()
         tool = {"type": "function", "function": {"name": "f", "description": spelled}}
         messages: Any = [
             {"role": "system", "content": spelled},

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import openai
 import pytest
 
 from ds4py.errors import InputError
@@ -175,7 +174,7 @@ def test_keys() -> None:
             assert response.status_code == 401
             assert http.get("/health").status_code == 200
             assert http.post(CHAT, json=HELLO, headers={"x-api-key": "secret"}).is_success
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret")
+        client = server.openai(api_key="secret")
         assert client.models.list().data[0].id == "scripted"
 
 

@@ -19,10 +19,6 @@ CALL = (
 )
 
 
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
 def test_an_answer_and_its_usage(served: Any) -> None:
     response = served.openai().responses.create(
         model="m", input="What is 17 + 25?", temperature=0, reasoning=OFF
@@ -30,7 +26,7 @@ def test_an_answer_and_its_usage(served: Any) -> None:
     assert response.id.startswith("resp_") and response.status == "completed"
     assert response.output_text == "17 + 25 = 42."
     assert response.usage.input_tokens == 14 and response.usage.output_tokens == 12
-    assert response.usage.input_tokens_details.cached_tokens == 0
+    assert 0 <= response.usage.input_tokens_details.cached_tokens < 14
     assert response.usage.output_tokens_details.reasoning_tokens == 0
 
 
@@ -69,7 +65,7 @@ def test_a_tool_call_and_its_result(served: Any) -> None:
 
 def test_the_life_of_items() -> None:
     with Running(ScriptedEngine(Script([CALL]))) as server:
-        stream = client(server).responses.create(
+        stream = server.openai().responses.create(
             model="m", input="x", tools=[TOOL], stream=True, reasoning={"summary": "auto"}
         )
         events = [event.model_dump() for event in stream]
@@ -107,7 +103,7 @@ def test_the_life_of_items() -> None:
 
 def test_limits_and_refusals() -> None:
     with Running(ScriptedEngine(Script(["a b c d e f"]), context=60)) as server:
-        create = client(server).responses.create
+        create = server.openai().responses.create
         response = create(model="m", input="x", max_output_tokens=2, reasoning=OFF)
         assert response.status == "incomplete"
         assert response.incomplete_details.reason == "max_output_tokens"  # type: ignore[union-attr]
