@@ -12,7 +12,7 @@ import numpy as np
 
 from ds4py.formats import fp_blocks
 from ds4py.formats.gguf_blocks import FORMATS, block_format, decode, decode_mlx
-from ds4py.kernels.ops import Array
+from ds4py.kernels.ops import Array, PackedWeight
 
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
 """Formats of rows without blocks, and the bytes of a value."""
@@ -42,6 +42,41 @@ class PackedMatrix:
     @property
     def code(self) -> int:
         return CODES[self.format]
+
+
+@dataclass(frozen=True)
+class ExpertRecords:
+    """Routed experts, one record per slot: gate, up and down map somewhere in each."""
+
+    records: Array
+    """uint8 [slots, record_bytes], beginning at a multiple of 16 bytes in its buffer."""
+    formats: tuple[str, str]
+    """Of gate and up, and of down."""
+    starts: tuple[int, int, int]
+    """First byte of gate, up and down in a record."""
+    n_in: int
+    n_inner: int
+
+    @classmethod
+    def of(cls, w13: PackedWeight, w2: PackedWeight) -> ExpertRecords:
+        """From the two maps of `moe.routed`, which share their records."""
+        (gate, gate_format), (up, up_format) = w13.parts
+        ((down, down_format),) = w2.parts
+        assert gate_format == up_format and w13.records is w2.records
+        starts = (gate.start, up.start, down.start)
+        assert all(start % 4 == 0 for start in (*starts, w13.records.shape[1]))
+        return cls(w13.records, (gate_format, down_format), starts, w13.n_in, w2.n_in)
+
+    def matrices(self, slot: int) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix]:
+        """Gate, up and down of one slot."""
+        shapes = ((self.n_inner, self.n_in), (self.n_inner, self.n_in), (self.n_in, self.n_inner))
+        names = (self.formats[0], *self.formats)
+        made = []
+        for start, name, (n_out, n_in) in zip(self.starts, names, shapes, strict=True):
+            width = row_bytes(name, n_in)
+            part = self.records[slot, start : start + n_out * width]
+            made.append(PackedMatrix(name, part.reshape(n_out, width), n_in))
+        return made[0], made[1], made[2]
 
 
 def row_bytes(name: str, n_in: int) -> int:

@@ -18,8 +18,10 @@ UNIT = 256
 """Values that a simdgroup takes at a time, eight a lane."""
 FEW_GROUPS = 128
 """Threadgroups below which cores of the largest GPUs (80) would idle."""
-SMALL_INPUT, LARGE_INPUT = 10240, 16384
-"""Bytes of staged activations that leave room for the weights of 8 and of 4 simdgroups."""
+MAX_TILE_ROWS = 16
+"""Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
+THREADGROUP_BYTES, STAGE_BYTES, POINTS_BYTES = 32768, 2432, 2048
+"""Threadgroup memory: all, the stage of a simdgroup, IQ2_XXS's points and small tables."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Tiling:
     """Per threadgroup."""
     rows: int
     """Weight rows per simdgroup, a power of two."""
-    staged: int
-    """Inputs of each activation row in threadgroup memory at a time."""
+    room: int
+    """Bytes of threadgroup memory for activations."""
 
     @property
     def tile(self) -> int:
@@ -46,30 +48,38 @@ class Tiling:
         """Threadgroups for one matrix."""
         return -(-n_rows // self.tile)
 
+    def staged(self, n_x: int, n_in: int, dtype: Dtype) -> int:
+        """How many of `n_in` inputs of `n_x` rows are staged at a time: all, or whole units."""
+        most = self.room // (n_x * dtype.size)
+        keep = n_in if n_in <= most else most // UNIT * UNIT
+        assert keep, f"{self.room} bytes are no room for {n_x} rows of activations"
+        return keep
+
     @property
     def template(self) -> Template:
-        return (("NSG", self.simdgroups), ("ROWS", self.rows), ("KC", self.staged))
+        return (("NSG", self.simdgroups), ("ROWS", self.rows))
 
 
-def staged(n_x: int, n_in: int, dtype: Dtype, room: int) -> int:
-    """How many of `n_in` inputs of `n_x` rows fit `room` bytes: all, or whole units."""
-    most = room // (n_x * dtype.size)
-    return n_in if n_in <= most else most // UNIT * UNIT
+def tiling(
+    n_x: int, n_in: int, dtype: Dtype, n_rows: int, floats: int, tile: int | None = None
+) -> Tiling:
+    """For `n_rows` weight rows over all matrices, `floats` kept for each row of a tile.
 
-
-def tiling(n_x: int, n_in: int, dtype: Dtype, n_rows: int, tile: int | None = None) -> Tiling:
-    """For `n_rows` weight rows over all matrices; `tile`: so many rows per threadgroup.
-
-    Eight simdgroups where their weights and the activations fit together, else four. A simdgroup
-    gets up to 16 rows, so that activations are staged rarely, but never so many that few
-    threadgroups are left.
+    Eight simdgroups where their weights fit beside one or two whole rows of activations, else
+    four. A simdgroup gets up to 16 weight rows, so that activations are staged rarely, but never
+    so many that few threadgroups are left. tile: so many per threadgroup instead.
     """
-    wide = n_x <= 2 and n_x * n_in * dtype.size <= SMALL_INPUT
-    simdgroups = 8 if wide else 4
-    keep = staged(n_x, n_in, dtype, SMALL_INPUT if wide else LARGE_INPUT)
-    if tile is not None:
-        return Tiling(simdgroups, tile // simdgroups, keep)
+    for simdgroups in (8, 4):
+        rows = tile // simdgroups if tile else _rows(n_x, n_rows, simdgroups)
+        kept = STAGE_BYTES * simdgroups + 4 * floats * simdgroups * rows + POINTS_BYTES + 256
+        plan = Tiling(simdgroups, rows, THREADGROUP_BYTES - kept)
+        if simdgroups == 4 or (n_x <= 2 and n_x * n_in * dtype.size <= plan.room):
+            break
+    return plan
+
+
+def _rows(n_x: int, n_rows: int, simdgroups: int) -> int:
     rows = 1 if n_x == 1 else 4
-    while rows < 16 and n_rows // (2 * rows * simdgroups) >= FEW_GROUPS:
+    while rows < MAX_TILE_ROWS and n_rows // (2 * rows * simdgroups) >= FEW_GROUPS:
         rows *= 2
-    return Tiling(simdgroups, rows, keep)
+    return rows

@@ -1,11 +1,21 @@
-"""The experts' feed-forward: clamped SwiGLU, routed experts summed in ascending expert id."""
+"""The experts' feed-forward: clamped SwiGLU, routed experts summed in ascending expert id.
+
+`gate_up` and `down` are the two launches of a step of decoding; `routed` is the same over arrays.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ds4py.kernels.ops import Array, Ops, PackedWeight, Weight
+import numpy as np
+
+from ds4py.kernels import dense, matvec
+from ds4py.kernels.build import Launcher, Template
+from ds4py.kernels.dense import Residual
+from ds4py.kernels.formats import CODES, ExpertRecords, PackedMatrix
+from ds4py.kernels.matvec import Tiling
+from ds4py.kernels.ops import Array, Dtype, Ops, PackedWeight, Weight
 
 Observer = Callable[[Array, Array, Array], None]
 """Sees expert ids [R], their inputs [R, D] and the inputs of their down maps [R, I]."""
@@ -88,3 +98,132 @@ def routed(
     """
     chosen = pairs(ops, ids, weight, slots)
     return combine(ops, through(ops, x, chosen, w13, w2, limit, observe), chosen)
+
+
+def gate_up(
+    launcher: Launcher,
+    x: Array,
+    experts: ExpertRecords,
+    slots: Array,
+    weights: Array,
+    shared: tuple[PackedMatrix, PackedMatrix],
+    limit: float,
+) -> Array:
+    """x [S, D] through gate and up maps of the chosen experts and the shared one.
+
+    S <= 8; slots int32 [S, k], distinct in a row; weights float32 [S, k]; shared: its gate and up.
+    -> [S, k + 1, I] in x's dtype: weight * SwiGLU of each choice, the shared expert's last.
+    """
+    (s, n_in), k, n_inner = x.shape, slots.shape[1], experts.n_inner
+    assert s <= matvec.MAX_ROWS and experts.n_in == n_in
+    assert all(m.n_in == n_in and m.rows.shape[0] == n_inner for m in shared)
+    assert shared[0].format == shared[1].format
+    plan = matvec.tiling(s, n_in, x.dtype, min(s * k + 1, 8) * n_inner, floats=2 * s)
+    template = [
+        *(("T", x.dtype), ("S", s), ("KTOP", k), ("D", n_in), ("I", n_inner)),
+        *(("GATE", experts.starts[0]), ("UP", experts.starts[1])),
+        *_expert_template(experts, 0, shared[0], plan, (s, n_in), x.dtype),
+    ]
+    (h,) = launcher.launch(
+        "moe_gate_up",
+        [x, experts.records, slots, weights, *(m.rows for m in shared), dense.scalar(limit)],
+        template,
+        (plan.tiles(n_inner) * plan.threads, s * k + 1, 1),
+        (plan.threads, 1, 1),
+        [((s, k + 1, n_inner), x.dtype)],
+    )
+    return h
+
+
+def _expert_template(
+    experts: ExpertRecords,
+    which: int,
+    shared: PackedMatrix,
+    plan: Tiling,
+    shape: tuple[int, int],
+    dtype: Dtype,
+) -> Template:
+    """What both launches are compiled for; shape: rows and inputs."""
+    return (
+        *(("FE", CODES[experts.formats[which]]), ("FS", shared.code)),
+        *(("SLOTS", experts.records.shape[0]), ("RECORD", experts.records.shape[1])),
+        *(("KC", plan.staged(*shape, dtype)), ("K1", plan.staged(1, shape[1], dtype))),
+        *plan.template,
+    )
+
+
+def down(
+    launcher: Launcher,
+    h: Array,
+    experts: ExpertRecords,
+    slots: Array,
+    shared: PackedMatrix,
+    residual: Residual,
+) -> tuple[Array, Array]:
+    """h [S, k + 1, I] of `gate_up` through the down maps, summed in that order, into the streams.
+
+    -> what `dense.expand` returns. S <= 8; a row's result does not depend on S.
+    """
+    s, places, n_inner = h.shape
+    n_streams, d = residual.streams.shape[1:]
+    assert s <= matvec.MAX_ROWS and slots.shape == (s, places - 1)
+    assert h.dtype == residual.streams.dtype
+    assert experts.n_inner == n_inner == shared.n_in and shared.rows.shape[0] == d == experts.n_in
+    floats = s * (1 + places + n_streams)
+    plan = matvec.tiling(s, n_inner, h.dtype, d, floats, dense.EXPAND_TILE)
+    template = [
+        *(("T", h.dtype), ("S", s), ("KTOP", places - 1), ("I", n_inner)),
+        *(("DOWN", experts.starts[2]), *residual.template),
+        *_expert_template(experts, 1, shared, plan, (s, n_inner), h.dtype),
+    ]
+    streams, partials = launcher.launch(
+        "moe_down",
+        [
+            *(h, experts.records, slots, shared.rows),
+            *(residual.streams, residual.gates, residual.fn),
+        ],
+        template,
+        (plan.tiles(d) * plan.threads, 1, 1),
+        (plan.threads, 1, 1),
+        residual.outputs(plan.tile),
+    )
+    return streams, partials
+
+
+def gate_up_ref(
+    ops: Ops,
+    x: Array,
+    experts: ExpertRecords,
+    slots: Array,
+    weights: Array,
+    shared: tuple[PackedMatrix, PackedMatrix],
+    limit: float,
+) -> Array:
+    """What `gate_up` computes, expert by expert: slots are read on the host."""
+    rows = []
+    for s, chosen in enumerate(np.array(slots)):
+        places = [experts.matrices(slot)[:2] for slot in chosen.tolist()]
+        row = []
+        for j, (gate, up) in enumerate([*places, shared]):
+            a, b = (dense.project_ref(ops, x[s : s + 1], [m], x.dtype) for m in (gate, up))
+            weight = weights[s, j].astype(ops.wide) if j < len(places) else 1
+            row.append((swiglu(ops, a, b, limit) * weight).astype(x.dtype))
+        rows.append(ops.concatenate(row))
+    return ops.stack(rows)
+
+
+def down_ref(
+    ops: Ops,
+    h: Array,
+    experts: ExpertRecords,
+    slots: Array,
+    shared: PackedMatrix,
+    residual: Residual,
+) -> tuple[Array, Array]:
+    """What `down` computes, expert by expert: slots are read on the host."""
+    rows = []
+    for s, chosen in enumerate(np.array(slots)):
+        maps = [*(experts.matrices(slot)[2] for slot in chosen.tolist()), shared]
+        row = [dense.project_ref(ops, h[s, j : j + 1], [m], h.dtype) for j, m in enumerate(maps)]
+        rows.append(sum(row[1:], row[0]))
+    return dense.add_ref(ops, ops.concatenate(rows), residual)
