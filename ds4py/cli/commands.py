@@ -289,14 +289,16 @@ def serve(
 
 
 @app.command(short_help="Show what a model is.")
-def inspect(model: ModelArgument = None, context: ContextSize = None) -> int:
-    """Show what a model is: parts, layers, tensors and the memory a context takes.
+def inspect(
+    model: ModelArgument = None, context: ContextSize = None, memory: Memory = None
+) -> int:
+    """Show what a model is: parts, layers, tensors, and where its memory goes on this machine.
 
     Reads the configuration and the tensors' headers, not the weights.
     """
     from ds4py.cli.inspect import run
 
-    return run(given.choose_model(model), context)
+    return run(given.choose_model(model), context, memory)
 
 
 @app.command(short_help="Measure a model's skills.")

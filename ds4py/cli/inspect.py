@@ -16,6 +16,7 @@ from ds4py.errors import OptionsError
 
 if TYPE_CHECKING:
     from ds4py.config import LayerPlan, ModelConfig
+    from ds4py.weights.files import ModelFiles
     from ds4py.weights.source import Entry
 
 # The first that matches names a tensor's class. Patterns are parts of the checkpoint's names.
@@ -32,7 +33,6 @@ _CLASSES = (
     (r"^head\.", "head"),
     (r"norm\.weight$", "norms"),
 )
-_ROW_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass
@@ -52,8 +52,8 @@ class TensorClass:
         self.dtypes.add(entry.dtype)
 
 
-def run(model: ModelChoice, context: int | None) -> int:
-    """Print what the model is; the exit code."""
+def run(model: ModelChoice, context: int | None, memory: str | None) -> int:
+    """Print what the model is and where its memory goes; the exit code."""
     from ds4py.engine.engine import resolve
     from ds4py.formats.safetensors import read_directory
     from ds4py.weights.files import ModelFiles
@@ -63,12 +63,16 @@ def run(model: ModelChoice, context: int | None) -> int:
     announce(model)
     files = ModelFiles.at(resolve(model.name, models_directory()))
     config = files.config
+    if context is not None and context > config.max_position_embeddings:
+        raise OptionsError(
+            f"--context is {context}; this model goes to {config.max_position_embeddings} tokens"
+        )
     packed = files.gguf is not None
     classes = classify(files.source().entries if packed else read_directory(files.path))
     print(f"{'model':12}{model.name} ({files.path})")
     for title, text in facts(config, classes):
         print(f"{title:12}{text}")
-    for title, text in cache_facts(config, context):
+    for title, text in memory_facts(files, context, memory):
         print(f"{title:12}{text}")
     print()
     print("\n".join(table(classes)))
@@ -154,24 +158,33 @@ def ranges(numbers: list[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def cache_facts(config: "ModelConfig", context: int | None) -> Iterator[tuple[str, str]]:
-    """Lines about the context and the rows a token leaves in it."""
-    from ds4py.engine.memory import state_bytes
+def memory_facts(
+    files: "ModelFiles", context: int | None, budget: str | None
+) -> Iterator[tuple[str, str]]:
+    """Lines about the context, and where the memory goes when the model is opened here."""
+    from ds4py.engine.memory import bytes_per_token, plan_files
     from ds4py.sizes import format_size
 
-    longest = config.max_position_embeddings
-    if context is not None and context > longest:
-        raise OptionsError(f"--context is {context}; this model goes to {longest} tokens")
-    yield "context", f"{longest} tokens at most"
-    empty = {dtype: state_bytes(config, 0, size) for dtype, size in _ROW_BYTES.items()}
-    full = {dtype: state_bytes(config, longest, size) for dtype, size in _ROW_BYTES.items()}
-    grown = [f"{(full[t] - empty[t]) / longest:.0f} B as {t}" for t in _ROW_BYTES]
-    yield "session", f"{' or '.join(grown)} for each token"
-    if context is not None:
-        size = [
-            f"{format_size(state_bytes(config, context, n))} as {t}" for t, n in _ROW_BYTES.items()
-        ]
-        yield "", f"{' or '.join(size)} with {context} tokens"
+    yield "context", f"{files.config.max_position_embeddings} tokens at most"
+    numerics, plan = plan_files(files, context, budget)
+    yield "session", f"{bytes_per_token(files.config, numerics.rows):.0f} B for each token"
+    if isinstance(plan, OptionsError):
+        yield "memory", f"does not fit: {plan}"
+        return
+    held = "all in memory"
+    if plan.streamed:
+        n_slots = sum(part.n_cached for part in plan.slots)
+        held = f"{n_slots} records in memory, of {format_size(plan.all_experts)} on disk"
+    parts = (
+        (plan.runtime, "the program"),
+        (plan.dense, "weights every token reads"),
+        (plan.kv, f"a session of {plan.context} tokens"),
+        (plan.scratch, "working memory, at most"),
+        (plan.experts, f"routed experts, {held}"),
+        (plan.total, f"of {format_size(plan.budget)}"),
+    )
+    for n, (size, purpose) in enumerate(parts):
+        yield "" if n else "memory", f"{format_size(size):>9}  {purpose}"
 
 
 def table(classes: Iterable[TensorClass]) -> Iterator[str]:

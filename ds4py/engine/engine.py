@@ -15,17 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py import assets
+from ds4py.cache.rows import row_formats
 from ds4py.config import ModelConfig
 from ds4py.engine import memory
 from ds4py.engine.checkpoints import TURNS_KEPT
+from ds4py.engine.memory import MemoryPlan
 from ds4py.engine.options import EngineOptions
 from ds4py.engine.session import Session, check_tokens
 from ds4py.errors import InputError, OptionsError, WeightsError
+from ds4py.experts.streamed import StreamedExperts
 from ds4py.formats import gguf
 from ds4py.hub import manifest, place
 from ds4py.kernels import build
 from ds4py.kernels.build import Launcher
-from ds4py.model.moe import ResidentExperts
+from ds4py.model.moe import ExpertSource
 from ds4py.model.mtp import DraftLayer
 from ds4py.text.messages import ASSISTANT, USER
 from ds4py.text.spelling import Spelling
@@ -86,22 +89,39 @@ class Engine:
         self.name, self.options = name, options
         files = ModelFiles.at(path)
         self.config: ModelConfig = files.config
-        self.context = options.context or self.config.max_position_embeddings
-        if self.context > self.config.max_position_embeddings:
+        longest = self.config.max_position_embeddings
+        if options.context is not None and options.context > longest:
             raise OptionsError(
-                f"context is {self.context}; this model was made for at most "
-                f"{self.config.max_position_embeddings} tokens"
+                f"context is {options.context}; this model was made for at most {longest} tokens"
             )
         ops, dtype, launcher = build.choose(options.kernels, options.dtype, launcher)
-        if options.memory is not None:
-            itemsize = ops.zeros((1,), dtype).nbytes
-            memory.check_budget(self.config, options.memory, self.context, itemsize)
         self.tokenizer: Tokenizer | None = files.tokenizer()
         source = files.source(progress)
         rounded = options.trained_rounding
         native = rounded and options.dtype != "float32"  # cache/rows.py says why
-        self._loader = Loader(source, ops, dtype, rounded, native, launcher)
+        rows = row_formats(ops, self.config, dtype, rounded, native)
+        records = memory.streamable(source)
+        wishes = options.streaming
+        numerics = memory.Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None)
+        self.plan: MemoryPlan = memory.plan_memory(
+            source,
+            numerics,
+            records,
+            options.context,
+            options.memory,
+            options.experts,
+            wishes.slots,
+        )
+        self.context = self.plan.context
+        streamed = None
+        if self.plan.streamed and records is not None:
+            streamed = StreamedExperts(ops, self.config, records, wishes)
+        self._loader = Loader(source, ops, dtype, rounded, native, launcher, streamed)
         self.model = self._loader.transformer()
+        if streamed is not None and records is not None:
+            if wishes.slots is None:
+                self.plan = memory.refit(self.plan, self.config, records)
+            streamed.start(self.plan.slots, self.model.blocks)
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0}
 
     @classmethod
@@ -152,8 +172,8 @@ class Engine:
         return sorted({at for at in found[:1] + found[-TURNS_KEPT:] if at >= max(start, 1)})
 
     @property
-    def experts(self) -> ResidentExperts:
-        """The routed experts of all layers."""
+    def experts(self) -> ExpertSource:
+        """Where the routed experts of all layers come from."""
         return self._loader.experts
 
     @cached_property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ds4py.errors import OptionsError
+from ds4py.experts.options import StreamingOptions
 
 DTYPES = ("auto", "bfloat16", "float32")
 EXPERTS = ("auto", "resident", "streamed")
@@ -15,9 +16,11 @@ class EngineOptions:
     """How a model is opened. Raises OptionsError for values that make no sense."""
 
     context: int | None = None
-    """Most tokens a session may hold; None = what the model was made for."""
+    """Most tokens a session may hold; None = what the model was made for, or as much of it as a
+    quarter of the memory holds."""
     memory: str | None = None
-    """Budget such as "24GB"; a model that needs more is refused. None = no check."""
+    """Budget such as "24GB": experts it has no room for stay on disk, and what does not fit even
+    so is refused. None = seven eighths of what the machine reports as usable."""
     kernels: str = "auto"
     """"auto", "metal" or "reference" (plain MLX operations)."""
     dtype: str = "auto"
@@ -26,7 +29,10 @@ class EngineOptions:
     trained_rounding: bool = True
     """The FP8/FP4 round trips of KV and index rows the model was trained with."""
     experts: str = "auto"
-    """Where routed experts live; this version keeps them resident."""
+    """Where routed experts live: "resident" in memory, "streamed" from disk, or "auto", which
+    streams what the memory plan has no room for."""
+    streaming: StreamingOptions = field(default_factory=StreamingOptions)
+    """How experts are streamed, where they are."""
     prefill_chunk: int = 512
     """Prompt tokens per step: bounds the memory and the time of one evaluation."""
 
@@ -35,12 +41,6 @@ class EngineOptions:
         _need(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "at least 1")
         _need(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _need(self.experts in EXPERTS, "experts", self.experts, f"one of {', '.join(EXPERTS)}")
-        _need(
-            self.experts != "streamed",
-            "experts",
-            self.experts,
-            "'auto' or 'resident': this version keeps experts in memory",
-        )
 
 
 @dataclass(frozen=True)

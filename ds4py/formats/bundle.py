@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -96,3 +96,38 @@ class RecordLayout:
         """Byte ranges of gate, up and down."""
         up, down = self.gate_bytes, self.gate_bytes + self.up_bytes
         return slice(0, up), slice(up, down), slice(down, down + self.down_bytes)
+
+
+class Span(NamedTuple):
+    """Consecutive bytes of a file and where they belong in the record."""
+
+    file: Path
+    offset: int
+    n_bytes: int
+    at: int
+
+
+@dataclass(frozen=True)
+class LayerRecords:
+    """The records of one layer."""
+
+    layer: int
+    spans: tuple[Span, ...]
+    """Of expert 0; expert e lies e * n_bytes further in each."""
+    n_experts: int
+    layout: RecordLayout
+    formats: tuple[str, str, str]
+    """Of gate, up and down."""
+    crc32: tuple[int, ...] | None
+    """Of every record; None where the files carry none."""
+
+    @property
+    def record_bytes(self) -> int:
+        return self.layout.record_bytes
+
+    def of(self, expert: int) -> tuple[Span, ...]:
+        """Where one expert's record lies."""
+        return tuple(
+            Span(file, offset + expert * n_bytes, n_bytes, at)
+            for file, offset, n_bytes, at in self.spans
+        )

@@ -32,5 +32,6 @@ class Block:
         x, residual = self.fused.enter(streams, self.hc_attn, self.attn_norm)
         y, delta = self.attn(x, plan)
         streams = self.fused.leave(y, self.attn.wo_b, residual, self.hc_ffn)
+        self.ffn.experts.foresee(self.ffn.index, streams.values)
         x, residual = self.fused.enter(streams, self.hc_ffn, self.ffn_norm)
         return self.ffn(x, tokens, residual, reader), delta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,24 +16,56 @@ from ds4py.model.fused import Fused, Residual, Streams
 ExpertWeight = Weight | PackedWeight
 
 
-class ExpertSource(Protocol):
-    """Where the routed experts' weights are, resident or not."""
+class RoutingTrace(Protocol):
+    """Sees which experts were chosen."""
 
-    def routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
-        """x [S, D] through experts ids [S, k] of `layer`, weighted: float32 [S, D]."""
+    def step(self, tokens: Array) -> None:
+        """A step over these tokens [S] begins."""
+        ...
+
+    def chosen(self, layer: int, ids: Array) -> None:
+        """ids [S, k] of a layer in this step; computed at the latest when the next one begins."""
         ...
 
 
-class ResidentExperts:
+class ExpertSource(ABC):
+    """Where the routed experts' weights are, resident or not."""
+
+    observe: Callable[[int, Array, Array, Array], None] | None = None
+    """Set while importance is collected: sees the layer and what `moe.Observer` sees."""
+    trace: RoutingTrace | None = None
+
+    def begin(self, tokens: Array, last: bool) -> None:
+        """A step over tokens [S] begins. last: its logits are wanted, so decoding may follow."""
+        if self.trace is not None:
+            self.trace.step(tokens)
+
+    def foresee(self, layer: int, streams: Array) -> None:
+        """The streams [S, H, D] that enter `layer`'s feed-forward: a hint for the next layer."""
+        return
+
+    def prefer(self, layer: int, score: Array, bias: Array, ids: Array) -> Array:
+        """A last word on the router's choice ids [S, k], made from score [S, E] + bias [E]."""
+        return ids
+
+    def routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
+        """x [S, D] through experts ids [S, k] of `layer`, weighted: float32 [S, D]."""
+        if self.trace is not None:
+            self.trace.chosen(layer, ids)
+        return self._routed(layer, x, ids, weight)
+
+    @abstractmethod
+    def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array: ...
+
+
+class ResidentExperts(ExpertSource):
     """All experts of all layers in memory, as float maps or packed."""
 
     def __init__(self, ops: Ops, swiglu_limit: float):
         self.ops, self.limit = ops, swiglu_limit
         self.weights: dict[int, tuple[ExpertWeight, ExpertWeight]] = {}
-        self.observe: Callable[[int, Array, Array, Array], None] | None = None
-        """Set while importance is collected: sees the layer and what `moe.Observer` sees."""
 
-    def routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
+    def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
         w13, w2 = self.weights[layer]
         observe = partial(self.observe, layer) if self.observe is not None else None
         return moe.routed(self.ops, x, ids, weight, w13, w2, self.limit, observe)

@@ -214,6 +214,7 @@ class Reference:
         else:
             assert layer.bias is not None
             ids = route.choose(ops, score, layer.bias, c.num_experts_per_tok)
+            ids = layer.experts.prefer(layer.index, score, layer.bias, ids)
         weights = route.weights(ops, score, ids, c.routed_scaling_factor)
         return Routing(ids, weights, shared)
 

@@ -17,6 +17,7 @@ from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused, Streams
+from ds4py.model.moe import ExpertSource
 from ds4py.model.plan import Frequencies, StepPlan
 
 
@@ -35,6 +36,7 @@ class Transformer:
     hc_head: HyperWeights
     norm: Array
     head: LinearMaps
+    experts: ExpertSource
 
     @property
     def ops(self) -> Ops:
@@ -52,6 +54,7 @@ class Transformer:
         n_tokens = tokens.shape[0]
         plan = StepPlan(self.ops, self.config, self.freqs, state, n_tokens)
         tokens = self.ops.array(tokens)
+        self.experts.begin(tokens, last=n_logits != 0)
         readers = [*(block.hc_attn for block in self.blocks), self.hc_head]
         streams = self.fused.embed(self.embed, tokens, self.config.hc_mult, readers[0])
         deltas: list[LayerDelta] = []

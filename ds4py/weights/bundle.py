@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ds4py.config import ModelConfig
 from ds4py.errors import WeightsError
-from ds4py.formats.bundle import RecordLayout
+from ds4py.formats.bundle import LayerRecords, RecordLayout, Span
 from ds4py.formats.gguf_blocks import FORMATS, block_format, decode
 from ds4py.formats.safetensors import TensorEntry, read_header
 from ds4py.weights import names
@@ -101,6 +101,25 @@ class Bundle(Checkpoint):
         data = entry.read()
         self._report(entry.n_bytes if layer < len(self.config.layers) else 0)
         return PackedLayer(data, layout_of(self.config, formats), formats)
+
+    def records(self) -> dict[int, LayerRecords]:
+        """Where every layer's records lie, unread; draft layers behind the main ones.
+
+        Raises WeightsError when the recipe has no checksums of them.
+        """
+        return {layer: self._layer_records(layer) for layer in range(self.layers)}
+
+    def _layer_records(self, layer: int) -> LayerRecords:
+        entry, formats = self._records[layer], self._layer_formats(layer)
+        layout, n_experts = layout_of(self.config, formats), self.config.n_routed_experts
+        crc32 = self.recipe.get("files", {}).get(entry.file.name, {}).get("crc32")
+        if not isinstance(crc32, list) or len(crc32) != n_experts:
+            raise WeightsError(
+                f"{self.directory / RECIPE} has no checksums of {entry.file.name}'s {n_experts} "
+                "records; make the bundle again with `ds4 quantize`"
+            )
+        span = Span(entry.file, entry.offset, layout.record_bytes, 0)
+        return LayerRecords(layer, (span,), n_experts, layout, formats, tuple(crc32))
 
     def _layer_formats(self, layer: int) -> tuple[str, str, str]:
         try:

@@ -22,7 +22,7 @@ from ds4py.model.attention import Attention, Compressor
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused
 from ds4py.model.metal import Metal
-from ds4py.model.moe import ExpertWeight, MoE, ResidentExperts
+from ds4py.model.moe import ExpertSource, ExpertWeight, MoE, ResidentExperts
 from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
 from ds4py.model.reference import Reference
@@ -45,6 +45,8 @@ class Loader:
     """Keep rows in the bytes of the trained formats; needs trained_rounding."""
     launcher: Launcher | None = None
     """Runs the Metal kernels; None: plain operations."""
+    streamed: ExpertSource | None = None
+    """Where routed experts come from when they are not loaded."""
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.checkpoint.config
@@ -54,7 +56,8 @@ class Loader:
         if self.launcher is not None:
             self.fused = Metal(self.ops, self.config, self.launcher, self.dtype, self.native_rows)
             self.maps = PackedMaps(self.checkpoint, self.dtype)
-        self.experts = ResidentExperts(self.ops, self.config.swiglu_limit)
+        self.resident = ResidentExperts(self.ops, self.config.swiglu_limit)
+        self.experts: ExpertSource = self.streamed or self.resident
         if self.trained_rounding:
             _check_rounding(self.config)
         self.rows = row_formats(
@@ -81,6 +84,7 @@ class Loader:
             hc_head=self._hyper("hc_head"),
             norm=self._vector("norm.weight"),
             head=self._linear("head", wide=True),
+            experts=self.experts,
         )
 
     def draft(self, model: Transformer) -> DraftLayer:
@@ -187,7 +191,8 @@ class Loader:
         read = self.checkpoint
         shared = f"{prefix}.shared_experts"
         w_in = [Part((f"{prefix}.gate",), wide=True), Part((f"{shared}.w1",))]
-        self.experts.weights[plan.index] = self._experts(plan.index, f"{prefix}.experts")
+        if self.streamed is None:
+            self.resident.weights[plan.index] = self._experts(plan.index, f"{prefix}.experts")
         hashed, gate = plan.hash_routed, f"{prefix}.gate"
         return MoE(
             index=plan.index,

@@ -98,7 +98,7 @@ def test_inspect_adds_up(ds4: Any) -> None:
     head, _, table = done.stdout.partition("\n\n")
     facts = dict(re.findall(r"(?m)^(\w+) +(.+)$", head))
     assert facts["family"] == "DeepSeek V4" and facts["model"].startswith("tiny (")
-    assert "with 1000 tokens" in head and "sliding window" in head
+    assert "a session of 1000 tokens" in head and "sliding window" in head
     rows = [re.split(r"  +", line.strip()) for line in table.splitlines()[1:]]
     counts = {row[0]: int(row[1]) for row in rows}
     assert counts.pop("all") == sum(counts.values()) and "other" not in counts

@@ -1,0 +1,305 @@
+"""Routed experts that live on disk: the model asks, and they are in memory when it computes.
+
+The ids a router chose decide what is read, so each layer waits for them here; with them the layer
+before is computed to the end, after which nothing reads that layer's slots any more. Which experts
+stay in memory changes the time a step takes and nothing else: a row's result depends on its own
+expert only, and the sums run in ascending expert id whatever arrives first.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ds4py.config import ModelConfig
+from ds4py.experts.layout import maps_of
+from ds4py.experts.options import StreamingOptions
+from ds4py.experts.policy import online_policy
+from ds4py.experts.probe import choose_depth
+from ds4py.experts.reader import Readers, ReadInto, RecordReader
+from ds4py.experts.section import STAGING, Section
+from ds4py.formats.bundle import LayerRecords
+from ds4py.kernels import moe
+from ds4py.kernels.ops import Array, Ops, PackedWeight
+from ds4py.model.block import Block
+from ds4py.model.fused import Streams
+from ds4py.model.moe import ExpertSource, ResidentExperts
+
+Ids = npt.NDArray[np.integer[Any]]
+
+DECODE_ROWS = 8
+"""Steps of at most this many tokens are decoding (and drafts): their experts stay in memory."""
+SURE = 4
+"""Read a whole layer ahead when a chunk chooses this many times as often as there are experts."""
+STEPS_REMEMBERED = 4096
+"""Steps whose waiting time is kept for percentiles."""
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """How many slots the layers of one record size get."""
+
+    layers: tuple[int, ...]
+    record_bytes: int
+    n_cached: int
+    n_staging: int
+
+    @property
+    def n_slots(self) -> int:
+        return self.n_cached + self.n_staging
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_slots * self.record_bytes
+
+
+def staging_slots(n_experts: int) -> int:
+    """Slots besides the cache, per record size."""
+    return max(2, min(STAGING, n_experts))
+
+
+class StreamedExperts(ExpertSource):
+    """The experts of all layers, some of them in memory."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        records: Mapping[int, LayerRecords],
+        options: StreamingOptions,
+        read_into: ReadInto = os.preadv,
+    ):
+        """Opens the files. Raises WeightsError."""
+        self.ops, self.config, self.options, self.records = ops, config, options, records
+        self.reader = RecordReader(records, options.verify, read_into)
+        self.depth = 0
+        """Reads in flight."""
+        self.sections: list[Section] = []
+        self.stalls: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        """Seconds each decoding step waited for reads."""
+        self._section: dict[int, Section] = {}
+        self._maps: dict[int, tuple[PackedWeight, PackedWeight]] = {}
+        self._tables: dict[int, Ids] = {}  # of hash-routed layers: [vocab, k]
+        self._routers: dict[int, Callable[[Array], Array]] = {}
+        self._tokens: Ids = np.zeros(0, np.int32)
+        self._last, self._now, self._stalled = True, 0, 0.0
+        self._unread: Array | None = None  # a layer's result that may still read its slots
+        self._foreseen: Array | None = None
+        self._decoding = True
+
+    def start(self, plans: Sequence[SlotPlan], blocks: Sequence[Block]) -> None:
+        """Allocate the slots, find the best number of reads in flight, and learn what the model's
+        layers tell ahead: hash tables, and routers. Called once, when the rest is loaded.
+
+        Raises OptionsError for fewer slots than one token uses, WeightsError when the probe fails.
+        """
+        regions = [_region(self.ops, plan.n_slots, plan.record_bytes) for plan in plans]
+        largest = max(regions, key=lambda region: len(region[1]))[1]
+        self.depth = self.options.readers or choose_depth(self.reader, self.records, largest)
+        readers = Readers(self.reader.read, self.depth)
+        self._finalizer = weakref.finalize(self, _close, readers, self.reader)
+        for plan, (region, view) in zip(plans, regions, strict=True):
+            policy, k = online_policy(self.options.policy), self.config.num_experts_per_tok
+            section = Section(plan.layers, k, policy, plan.n_staging, region, view, readers)
+            self.sections.append(section)
+            for layer in plan.layers:
+                self._section[layer] = section
+                self._maps[layer] = maps_of(self.records[layer], region, self.config)
+        for block in blocks:
+            ffn = block.ffn
+            if self.options.prefetch != "off" and ffn.tid2eid is not None:
+                if self.ops.lazy:
+                    mx.eval(ffn.tid2eid)  # looked up on the host from here on
+                self._tables[ffn.index] = np.asarray(ffn.tid2eid)
+            elif self.options.prefetch == "router":
+                self._routers[ffn.index] = partial(_predict, block)
+
+    def close(self) -> None:
+        """Stop reading. Called by itself at the end of the object's life."""
+        self._finalizer()
+
+    # The model's side.
+
+    def begin(self, tokens: Array, last: bool) -> None:
+        super().begin(tokens, last)
+        if self._now and self._decoding:
+            self.stalls.append(self._stalled)
+        self._stalled, self._foreseen = 0.0, None
+        self._now += 1
+        self._last, self._decoding = last, tokens.shape[0] <= DECODE_ROWS
+        with self._recovering():
+            for section in self.sections:
+                section.withdraw()
+            if self.options.prefetch != "off":
+                if self.ops.lazy:
+                    mx.eval(tokens)  # the experts of hash-routed layers are rows of a table
+                self._tokens = np.asarray(tokens)
+                self.announce(self._tokens)
+
+    def announce(self, tokens: Ids) -> None:
+        """Token ids [S] that are about to be computed, or drafted: read their hash-routed layers'
+        experts now."""
+        if len(tokens) <= DECODE_ROWS:
+            for layer, table in self._tables.items():
+                experts = np.unique(table[tokens]).tolist()
+                self._section[layer].promise(layer, experts, self._now)
+        elif self._tables:
+            first = min(self._tables)
+            self._section[first].stage(first, np.unique(self._tables[first][tokens]).tolist())
+
+    def foresee(self, layer: int, streams: Array) -> None:
+        router = self._routers.get(layer + 1)
+        if router is not None and self._decoding:
+            self._foreseen = router(streams)
+
+    def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
+        with self._recovering():
+            chosen = self._to_host(ids)
+            y = self._compute(layer, chosen, x, ids, weight)
+        self._unread = y if self.ops.lazy else None
+        return y
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Whatever ends the work early, slots and bookkeeping agree afterwards."""
+        try:
+            yield
+        except BaseException:
+            for section in self.sections:
+                section.recover()
+            raise
+
+    def _to_host(self, ids: Array) -> Ids:
+        """The chosen ids [S, k], and with them the end of what read the layer before's slots."""
+        if self.ops.lazy:
+            waiting = [a for a in (ids, self._foreseen, self._unread) if a is not None]
+            mx.eval(waiting)  # what is read from disk depends on it
+            self._unread = None
+        return np.asarray(ids)
+
+    def _compute(self, layer: int, chosen: Ids, x: Array, ids: Array, weight: Array) -> Array:
+        section, experts = self._section[layer], np.unique(chosen).tolist()
+        stalled = section.stall_s
+        decoding = len(chosen) <= DECODE_ROWS
+        keep = None if decoding else self._worth_keeping(section, layer, chosen)
+        placed = section.place(layer, experts, self._now, keep)
+        ahead = partial(self._look_ahead, layer + 1, decoding)
+        observe = partial(self.observe, layer) if self.observe is not None else None
+        pairs, order = None, np.sort(chosen, axis=None)
+        rows: list[Ids] = []
+        parts: list[Array] = []
+        for batch in section.batches(layer, placed, ahead):
+            w13, w2, place = self._lay_out(layer, section, batch.slots)
+            if len(batch.slots) == len(experts) and not batch.passing:
+                slots = self.ops.array(place[chosen])
+                y = moe.routed(
+                    self.ops, x, ids, weight, w13, w2, self.config.swiglu_limit, observe, slots
+                )
+                break
+            pairs = pairs or moe.pairs(self.ops, ids, weight)
+            here = np.flatnonzero(np.isin(order, list(batch.slots)))
+            some = self._select(pairs, here, place[order[here]])
+            part = moe.through(self.ops, x, some, w13, w2, self.config.swiglu_limit, observe)
+            if self.ops.lazy:
+                # Passing slots are read no more once it is computed; else only start it.
+                (mx.eval if batch.passing else mx.async_eval)(part)
+            rows.append(here)
+            parts.append(part)
+        else:
+            assert pairs is not None
+            back = np.argsort(np.concatenate(rows))
+            y = moe.combine(self.ops, self.ops.concatenate(parts)[self.ops.array(back)], pairs)
+        self._stalled += section.stall_s - stalled
+        return y
+
+    def _select(self, pairs: moe.Pairs, rows: Ids, slots: Ids) -> moe.Pairs:
+        """Some of the pairs, addressed by slot."""
+        at = self.ops.array(rows)
+        return replace(
+            pairs,
+            order=pairs.order[at],
+            experts=pairs.experts[at],
+            slots=self.ops.array(slots),
+            weights=pairs.weights[at],
+        )
+
+    def _lay_out(
+        self, layer: int, section: Section, slots: Mapping[int, int]
+    ) -> tuple[PackedWeight, PackedWeight, Ids]:
+        """Maps over the records of these experts, and each expert's place in them, [E].
+
+        numpy decodes a record where it lies. MLX decodes all it is given, so it gets a copy of
+        these alone.
+        """
+        place = np.zeros(self.config.n_routed_experts, np.int32)
+        experts = list(slots)
+        if not self.ops.lazy:
+            place[experts] = list(slots.values())
+            return (*self._maps[layer], place)
+        place[experts] = np.arange(len(experts))
+        records = section.pool.records[mx.array(list(slots.values()))]
+        return (*maps_of(self.records[layer], records, self.config), place)
+
+    def _worth_keeping(self, section: Section, layer: int, chosen: Ids) -> list[int]:
+        """Of a prefill: what its last token chose, as decoding goes on from there, and where slots
+        are free the most wanted ones."""
+        tail = sorted(set(chosen[-1].tolist())) if self._last else []
+        room = section.residency.room(layer)
+        counts = np.bincount(chosen.ravel(), minlength=self.config.n_routed_experts)
+        wanted = [int(e) for e in np.argsort(-counts, kind="stable")[:room] if counts[e]]
+        return list(dict.fromkeys([*tail, *wanted]))
+
+    def _look_ahead(self, layer: int, decoding: bool) -> None:
+        """Start reading what is known of the layer that comes next."""
+        if layer >= len(self.config.layers):
+            return
+        section = self._section[layer]
+        if not decoding:
+            section.stage(layer, self._expected(layer))
+        elif self._foreseen is not None:
+            ranked = dict.fromkeys(np.asarray(self._foreseen).ravel().tolist())
+            section.promise(layer, list(ranked), self._now)
+            self._foreseen = None
+
+    def _expected(self, layer: int) -> Sequence[int]:
+        """The experts a chunk will need of a layer, as far as that is sure."""
+        if layer in self._tables:
+            return np.unique(self._tables[layer][self._tokens]).tolist()
+        n_chosen = len(self._tokens) * self.config.num_experts_per_tok
+        n_experts = self.config.n_routed_experts
+        return range(n_experts) if n_chosen >= SURE * n_experts else ()
+
+
+def _predict(block: Block, streams: Array) -> Array:
+    """What a layer's router would choose if its attention changed nothing: ids [S, k]."""
+    x, _ = block.fused.enter(Streams(streams), block.hc_ffn, block.ffn_norm)
+    plain = replace(block.ffn, experts=ResidentExperts(block.fused.ops, 0.0))
+    return block.fused.route(x, plain, x).ids
+
+
+def _region(ops: Ops, n_slots: int, record_bytes: int) -> tuple[Array, memoryview]:
+    """Memory for slots, uint8 [n_slots, record_bytes], as the kernels and as the readers see it."""
+    if ops.lazy:
+        records = mx.zeros((n_slots, record_bytes), mx.uint8)
+        mx.eval(records)  # allocated once, and written behind MLX's back from here on
+        view = np.array(records, copy=False)
+        return records, view.reshape(-1).data
+    pages = mmap.mmap(-1, n_slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region = np.frombuffer(pages, np.uint8).reshape(n_slots, record_bytes)
+    return region, memoryview(pages)
+
+
+def _close(readers: Readers, reader: RecordReader) -> None:
+    readers.close()
+    reader.close()
