@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("ziglang")
 
-from tools.metal_cpu import Kernel, compiler, metal_kernel
-from tools.metal_cpu.kernel import entry_point
+from tools.metal_cpu import Kernel, metal_kernel, toolchain
+from tools.metal_cpu.compiler import entry_point
 from tools.metal_cpu.rewrite import rewrite
 from tools.metal_cpu.source import ATTRIBUTES
 
@@ -182,14 +182,14 @@ def test_float_to_bfloat_rounds_to_nearest_even() -> None:
 def test_a_second_process_compiles_nothing() -> None:
     program = """
 import time, numpy as np
-from tools.metal_cpu import Kernel, compiler
-compiler.run = None
+from tools.metal_cpu import Kernel, toolchain
+toolchain.run = None
 k = Kernel("again", ["x"], ["o"], "uint i = thread_position_in_grid.x; o[i] = x[i] + 1;")
 [out] = k(inputs=[np.zeros(9, np.float32)], grid=(9, 1, 1), threadgroup=(9, 1, 1),
           output_shapes=[(9,)], output_dtypes=["float32"])
 assert out.sum() == 9
 """
-    first = program.replace("compiler.run = None\n", "")
+    first = program.replace("toolchain.run = None\n", "")
     for text in (first, program):
         subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True)
 
@@ -197,19 +197,19 @@ assert out.sum() == 9
 @pytest.mark.parametrize("target", ["aarch64-linux-gnu", "aarch64-macos"])
 def test_the_sources_compile_for_other_machines(target: str, tmp_path: Path) -> None:
     """Compiled only: no such machine is at hand here."""
-    for source in compiler.RUNTIME.glob("*.cpp"):
+    for source in toolchain.RUNTIME.glob("*.cpp"):
         made = str(tmp_path / f"{source.stem}.o")
-        compiler.run(
-            ["cc", "-target", target, *compiler.RUNTIME_FLAGS, "-c", str(source), "-o", made]
+        toolchain.run(
+            ["cc", "-target", target, *toolchain.RUNTIME_FLAGS, "-c", str(source), "-o", made]
         )
     kernel = Kernel("k", ["x"], ["o"], "half h = x[1]; o[0] = T(simd_sum(x[0]) * T(2.0) + h);")
     call = kernel.signature([np.zeros(9, np.float32)], [("T", "bfloat16")], ["bfloat16"])
-    text, _ = rewrite(call.text, call.body_line)
+    text = rewrite(call.text)
     file = tmp_path / "k.cl"
     file.write_text(f'#include "msl.h"\n#line 1 "kernel"\n{text}{entry_point(call)}')
     triple = {"aarch64-macos": "arm64-apple-macos13"}.get(target, target)
-    for mode in compiler.MODES.values():
-        compiler.run(
-            ["clang", "-x", "cl", "-target", triple, *compiler.LANGUAGE, *mode, "-I",
-             str(compiler.MSL), "-c", str(file), "-o", str(tmp_path / "k.o")]
+    for mode in toolchain.MODES.values():
+        toolchain.run(
+            ["clang", "-x", "cl", "-target", triple, *toolchain.LANGUAGE, *mode, "-I",
+             str(toolchain.MSL), "-c", str(file), "-o", str(tmp_path / "k.o")]
         )  # fmt: skip

@@ -1,204 +1,125 @@
-"""clang from the `ziglang` wheel: compiles the runtime once and every kernel variant once.
-
-Results lie in the user's cache directory under a hash of everything they depend on, so a second run
-compiles nothing.
-"""
+"""A kernel's signature -> a library with one entry point, or errors in the kernel's own lines."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import util
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-MSL = HERE / "msl"
-RUNTIME = HERE / "runtime"
+from tools.metal_cpu import toolchain
+from tools.metal_cpu.lint import RewriteError
+from tools.metal_cpu.report import ShaderError
+from tools.metal_cpu.rewrite import rewrite
+from tools.metal_cpu.source import ATTRIBUTES, Signature
+from tools.metal_cpu.toolchain import CompilerError
 
-LANGUAGE = (
-    "-cl-std=CLC++2021 -cl-no-stdinc -cl-single-precision-constant -fno-math-errno "
-    "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,+__cl_clang_bitfields,"
-    "+__opencl_c_generic_address_space,+__opencl_c_program_scope_global_variables,"
-    "+__opencl_c_int64 "
-    "-Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
-    "-ffp-contract=off -fno-strict-aliasing -fPIC -ferror-limit=8 -Wno-duplicate-decl-specifier "
-    "-Werror=uninitialized -Werror=return-type -Wimplicit-float-conversion -Wno-unused-value "
-    "-Wno-psabi -fno-color-diagnostics -fno-caret-diagnostics"
-).split()
-MODES = {
-    "fast": "-O2 -gline-tables-only".split(),
-    "check": (
-        "-O1 -gline-tables-only -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 "
-        "-mllvm -tsan-instrument-read-before-write=1 "
-        "-fsanitize=array-bounds,local-bounds,integer-divide-by-zero,alignment "
-        "-fno-sanitize-recover=all -fno-sanitize-trap=all -ftrivial-auto-var-init=pattern "
-        "-DMSL_CHECK"
-    ).split(),
-}
+FILE = "kernel"
+"""What the compiler calls the generated text."""
+
 # Metal converts to bfloat only where the text says so; clang does it anywhere and warns.
 TO_BFLOAT = re.compile(r"warning: implicit conversion .* to '(__bf16|bfloat)'")
-CAST = re.compile(r"kernel:(\d+):(\d+): error: functional-style cast from '[^\n]* is not allowed")
-REPAIRS = 20
-"""Rounds of errors that are repaired; clang stops at 8 errors a round."""
-NO_TIMES = ["-Xclang", "-fno-pch-timestamp"]
-RUNTIME_FLAGS = (
-    "-std=c++17 -O2 -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fno-sanitize=all "
-    "-fno-stack-protector"
-).split()
+# Between half and bfloat clang refuses even where the text says so.
+CAST = re.compile(
+    FILE + r":(\d+):(\d+): error: (?:functional-style cast|static_cast) from '.* is not allowed"
+)
+WRITTEN_CAST = re.compile(r"static_cast<(.+?)>\(|([^(]+)\(")
+ROUNDS = 20
+"""Of repairs: clang stops at 8 errors, so a round mends at most that many."""
+
+VALUES = {
+    "dispatch_quadgroups_per_threadgroup": "(i->n_dispatch + 3) / 4",
+    "dispatch_simdgroups_per_threadgroup": "(i->n_dispatch + 31) / 32",
+    "dispatch_threads_per_threadgroup": "dispatch_threads",
+    "grid_origin": "uint3(0)",
+    "grid_size": "threads_per_grid",
+    "quadgroup_index_in_threadgroup": "i->index / 4",
+    "quadgroups_per_threadgroup": "(i->n_threads + 3) / 4",
+    "simdgroup_index_in_threadgroup": "i->index / 32",
+    "simdgroups_per_threadgroup": "(i->n_threads + 31) / 32",
+    "thread_execution_width": "32",
+    "thread_index_in_quadgroup": "i->index & 3",
+    "thread_index_in_simdgroup": "i->index & 31",
+    "thread_index_in_threadgroup": "i->index",
+    "thread_position_in_grid": "position_in_grid",
+    "thread_position_in_threadgroup": "position_in_threadgroup",
+    "threadgroup_position_in_grid": "threadgroup_position",
+    "threadgroups_per_grid": "threadgroups_per_grid",
+    "threads_per_grid": "threads_per_grid",
+    "threads_per_simdgroup": "32",
+    "threads_per_threadgroup": "threads_per_threadgroup",
+}
+"""Attribute -> the expression, or the field of msl_ids, that holds it."""
 
 
-class CompilerError(RuntimeError):
-    """clang refused a text, or is missing."""
-
-
-@cache
-def zig() -> str:
-    """Path of the zig binary, which holds clang and the linker. Raises CompilerError."""
-    spec = util.find_spec("ziglang")
-    if spec is None or not spec.submodule_search_locations:
-        raise CompilerError(
-            "tools/metal_cpu compiles shaders with clang from the package 'ziglang', which is not "
-            "installed; run: pip install 'ds4py[shaders]' (in a checkout: pip install '.[shaders]')"
-        )
-    return str(Path(spec.submodule_search_locations[0]) / "zig")
-
-
-@cache
-def target() -> tuple[str, ...]:
-    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
-    if machine not in ("x86_64", "aarch64"):
-        raise CompilerError(f"tools/metal_cpu runs on x86-64 and aarch64, not on {machine}")
-    if sys.platform == "darwin":
-        return ("-target", f"{machine.replace('aarch64', 'arm64')}-apple-macos13")
-    flags = ("-target", f"{machine}-linux-gnu")
-    return (*flags, "-march=x86-64-v3") if machine == "x86_64" else flags
-
-
-@cache
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: a folder that may be deleted at any time."""
-    home = Path.home()
-    base = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
-    folder = Path(os.environ.get("XDG_CACHE_HOME", base)) / "ds4py" / "metal_cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@cache
-def _sources_key() -> str:
-    """Hash of the compiler and of every text a kernel is compiled with."""
-    from importlib import metadata
-
-    digest = hashlib.sha256(metadata.version("ziglang").encode())
-    digest.update(repr((LANGUAGE, MODES, RUNTIME_FLAGS, target())).encode())
-    for path in sorted([*MSL.iterdir(), *RUNTIME.iterdir(), Path(__file__)]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def run(arguments: Sequence[str], text: str | None = None) -> str:
-    """Run zig; its messages. Raises CompilerError with them if it fails."""
-    folder = str(cache_folder() / "zig")
-    env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
-    done = subprocess.run(
-        [zig(), *arguments], input=text, text=True, capture_output=True, env=env, check=False
+def entry_point(signature: Signature) -> str:
+    """The function the runtime calls for every thread."""
+    arguments = [f"msl_any{{b[{i}]}}" for i in range(len(signature.buffers))]
+    for name in signature.attributes:
+        value = VALUES[name]
+        if ATTRIBUTES[name] == "uint3" and not value.startswith("uint3"):
+            value = f"uint3(i->{value}[0], i->{value}[1], i->{value}[2])"
+        arguments.append(value)
+    call = f"{signature.kernel_name}{signature.template_arguments}({', '.join(arguments)})"
+    return (
+        '\n#line 1 "entry"\nextern "C" void msl_entry(device const ulong* b, '
+        f"device const msl_ids* i) {{ {call}; }}\n"
     )
-    if done.returncode:
-        raise CompilerError(done.stderr.strip() or f"zig {arguments[0]} failed")
-    return done.stderr
 
 
-def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """A file of the cache, made in a temporary folder beside it and renamed when complete."""
-    path = cache_folder() / name
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            made = Path(folder) / name
-            make(made)
-            try:
-                made.rename(path)
-            except OSError:  # a folder that another process has put there meanwhile
-                if not path.exists():
-                    raise
-    return path
-
-
-def _link(objects: Sequence[Path], library: Path) -> None:
-    if sys.platform == "darwin":
-        names = [str(o) for o in objects]
-        run(["cc", "-shared", "-undefined", "dynamic_lookup", *names, "-o", str(library)])
-    else:
-        run(["ld.lld", "-shared", *(str(o) for o in objects), "-o", str(library)])
-
-
-def runtime_library() -> Path:
-    """The scheduler and the checker, compiled for this machine."""
-
-    def make(path: Path) -> None:
-        objects = []
-        x86 = "-march=x86-64-v3" in target()
-        flags = [*RUNTIME_FLAGS, *(["-march=x86_64_v3"] if x86 else [])]  # zig's spelling
-        for source in sorted(RUNTIME.glob("*.cpp")):
-            objects.append(path.with_name(source.stem + ".o"))
-            run(["cc", *flags, "-c", str(source), "-o", str(objects[-1])])
-        _link(objects, path)
-
-    return cached(f"runtime-{_sources_key()[:24]}.so", make)
-
-
-def header(mode: str) -> Path:
-    """The shader header, precompiled. It refers to its source files: those are kept beside it."""
-    key = _sources_key()[:24]
-
-    def copy(path: Path) -> None:
-        shutil.copytree(MSL, path)
-        # A file that only includes the header: a main file cannot be a system header.
-        (path / "all.h").write_text('#include "msl.h"\n')
-
-    def make(path: Path) -> None:
-        source = cached(f"msl-{key}", copy) / "all.h"
-        flags = [*target(), *LANGUAGE, *MODES[mode], "-Xclang", "-emit-pch"]
-        run(["clang", "-x", "cl", *flags, *NO_TIMES, "-c", str(source), "-o", str(path)])
-
-    return cached(f"header-{mode}-{key}.pch", make)
-
-
-def compile_repaired(text: str, source: Path, command: list[str]) -> str:
-    """Compile; where clang refuses a cast between half and bfloat, write it another way."""
-    for left in range(REPAIRS, -1, -1):
-        source.write_text(text)
-        try:
-            return run([*command, "-c", str(source)])
-        except CompilerError as exc:
-            places = {(int(m[1]), int(m[2]) - 1) for m in CAST.finditer(str(exc))}
-            lines = text.split("\n")
-            for line, at in sorted(places, reverse=True):  # lines[0] is the #line directive
-                cast = re.sub(r"([^(]+)\(", r"msl_cast<\1>(", lines[line][at:], count=1)
-                lines[line] = lines[line][:at] + cast
-            if not places or not left:
-                raise
-            text = "\n".join(lines)
-    raise AssertionError
-
-
-def kernel_library(text: str, mode: str) -> Path:
-    """A kernel's library. Raises CompilerError with its errors."""
-    key = hashlib.sha256((_sources_key() + mode + text).encode()).hexdigest()[:32]
+def compile_kernel(signature: Signature, mode: str) -> Path:
+    """Check and compile. Raises ShaderError with the kernel's lines."""
+    if not signature.text.isascii():
+        raise ShaderError(f"{signature.name}: MLX hands sources to Metal as ASCII; this is not")
+    text = signature.text + entry_point(signature)
+    key = hashlib.sha256((toolchain.sources_key() + mode + text).encode()).hexdigest()[:32]
 
     def make(path: Path) -> None:
         source, made = path.with_suffix(".cl"), path.with_suffix(".o")
-        flags = [*target(), *LANGUAGE, *MODES[mode], "-include-pch", str(header(mode))]
-        said = compile_repaired(text, source, ["clang", "-x", "cl", *flags, "-o", str(made)])
+        flags = [*toolchain.target(), *toolchain.LANGUAGE, *toolchain.MODES[mode]]
+        flags += ["-include-pch", str(toolchain.header(mode)), "-c", str(source), "-o", str(made)]
+        source.write_text(f'#line 1 "{FILE}"\n{rewrite(signature.text)}{entry_point(signature)}')
+        said = _compile(source, ["clang", "-x", "cl", *flags])
         if refused := [line for line in said.splitlines() if TO_BFLOAT.search(line)]:
             raise CompilerError("\n".join(dict.fromkeys(refused)).replace("warning:", "error:"))
-        _link([made], path)
+        toolchain.link([made], path)
 
-    return cached(f"kernel-{key}.so", make)
+    try:
+        return toolchain.cached(f"kernel-{key}.so", make)
+    except RewriteError as exc:
+        place, quoted = signature.place(exc.line), signature.line_text(exc.line)
+        raise ShaderError(f"{signature.name}, {place}: {exc}\n    {quoted}") from exc
+    except CompilerError as exc:
+        raise compile_error(signature, str(exc)) from exc
+
+
+def _compile(source: Path, command: list[str]) -> str:
+    """Run the compiler, mending casts between half and bfloat; its messages."""
+    for _ in range(ROUNDS):
+        try:
+            return toolchain.run(command)
+        except CompilerError as exc:
+            places = {(int(m[1]), int(m[2]) - 1) for m in CAST.finditer(str(exc))}
+            if not places:
+                raise
+        lines = source.read_text().split("\n")  # the first is the #line directive
+        for line, at in sorted(places, reverse=True):
+            cast = WRITTEN_CAST.sub(r"msl_cast<\1\2>(", lines[line][at:], count=1)
+            lines[line] = lines[line][:at] + cast
+        source.write_text("\n".join(lines))
+    return toolchain.run(command)
+
+
+def compile_error(signature: Signature, message: str) -> ShaderError:
+    """clang's errors, and its notes that point into the kernel, with the kernel's own lines."""
+    lines: list[str] = []
+    for text in message.splitlines():
+        found = re.match(r"(\S+?):(\d+):\d+: (error|fatal error|note): (.*)", text)
+        if not found or (found[3] == "note" and found[1] != FILE):
+            continue
+        said = f"{found[3]}: {found[4]}"
+        if found[1] == FILE:
+            line = int(found[2])
+            said = f"{signature.place(line)}: {said}\n    {signature.line_text(line)}"
+        lines.append(said)
+    said = "\n".join(lines) or message
+    return ShaderError(f"{signature.name} does not compile:\n{said}")

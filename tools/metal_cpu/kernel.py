@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes as c
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,42 +12,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from tools.metal_cpu import arrays, compiler, launch
-from tools.metal_cpu.lint import RewriteError
+from tools.metal_cpu import arrays, launch
+from tools.metal_cpu.compiler import compile_kernel
 from tools.metal_cpu.report import Launch, Reader, ShaderError, Traffic
-from tools.metal_cpu.rewrite import rewrite
-from tools.metal_cpu.source import ATTRIBUTES, Argument, Signature
+from tools.metal_cpu.source import Argument, Signature
 
-FILE = "kernel"
-"""What the compiler calls the generated text."""
 MAX_THREADS = 1024
 WORTH_A_WORKER = 4096
 """Threads in a launch below which waking a second worker costs more than it saves."""
-
-VALUES = {
-    "dispatch_quadgroups_per_threadgroup": "(i->n_dispatch + 3) / 4",
-    "dispatch_simdgroups_per_threadgroup": "(i->n_dispatch + 31) / 32",
-    "dispatch_threads_per_threadgroup": "dispatch_threads",
-    "grid_origin": "uint3(0)",
-    "grid_size": "threads_per_grid",
-    "quadgroup_index_in_threadgroup": "i->index / 4",
-    "quadgroups_per_threadgroup": "(i->n_threads + 3) / 4",
-    "simdgroup_index_in_threadgroup": "i->index / 32",
-    "simdgroups_per_threadgroup": "(i->n_threads + 31) / 32",
-    "thread_execution_width": "32",
-    "thread_index_in_quadgroup": "i->index & 3",
-    "thread_index_in_simdgroup": "i->index & 31",
-    "thread_index_in_threadgroup": "i->index",
-    "thread_position_in_grid": "position_in_grid",
-    "thread_position_in_threadgroup": "position_in_threadgroup",
-    "threadgroup_position_in_grid": "threadgroup_position",
-    "threadgroups_per_grid": "threadgroups_per_grid",
-    "threads_per_grid": "threads_per_grid",
-    "threads_per_simdgroup": "32",
-    "threads_per_threadgroup": "threads_per_threadgroup",
-}
-"""Attribute -> the expression, or the field of msl_ids, that holds it."""
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -59,37 +30,6 @@ class Variant:
     entry: int
     buffers: Any
     """An array of CBuffer, reused by every launch."""
-
-
-def entry_point(signature: Signature) -> str:
-    """The function the runtime calls for every thread."""
-    arguments = [f"msl_any{{b[{i}]}}" for i in range(len(signature.buffers))]
-    for name in signature.attributes:
-        value = VALUES[name]
-        if ATTRIBUTES[name] == "uint3" and not value.startswith("uint3"):
-            value = f"uint3(i->{value}[0], i->{value}[1], i->{value}[2])"
-        arguments.append(value)
-    call = f"{signature.kernel_name}{signature.template_arguments}({', '.join(arguments)})"
-    return (
-        '\n#line 1 "entry"\nextern "C" void msl_entry(device const ulong* b, '
-        f"device const msl_ids* i) {{ {call}; }}\n"
-    )
-
-
-def compile_error(signature: Signature, message: str) -> ShaderError:
-    """clang's errors, and its notes that point into the kernel, with the kernel's own lines."""
-    lines: list[str] = []
-    for text in message.splitlines():
-        found = re.match(r"(\S+?):(\d+):\d+: (error|fatal error|note): (.*)", text)
-        if not found or (found[3] == "note" and found[1] != FILE):
-            continue
-        said = f"{found[3]}: {found[4]}"
-        if found[1] == FILE:
-            line = int(found[2])
-            said = f"{signature.place(line)}: {said}\n    {signature.line_text(line)}"
-        lines.append(said)
-    said = "\n".join(lines) or message
-    return ShaderError(f"{signature.name} does not compile:\n{said}")
 
 
 class Kernel:
@@ -141,19 +81,8 @@ class Kernel:
         )
 
     def compile(self, signature: Signature, mode: str) -> Variant:
-        """Check and compile. Raises ShaderError with the kernel's lines."""
-        if not signature.text.isascii():
-            raise ShaderError(f"{self.name}: MLX hands sources to Metal as ASCII; this is not")
-        try:
-            text, _ = rewrite(signature.text, signature.body_line)
-            library = compiler.kernel_library(
-                f'#line 1 "{FILE}"\n{text}{entry_point(signature)}', mode
-            )
-        except RewriteError as exc:
-            place, quoted = signature.place(exc.line), signature.line_text(exc.line)
-            raise ShaderError(f"{self.name}, {place}: {exc}\n    {quoted}") from exc
-        except compiler.CompilerError as exc:
-            raise compile_error(signature, str(exc)) from exc
+        """A variant, checked and compiled. Raises ShaderError with the kernel's lines."""
+        library = compile_kernel(signature, mode)
         buffers = (launch.CBuffer * len(signature.buffers))()
         for buffer, described in zip(buffers, signature.buffers, strict=True):
             buffer.is_output = described.is_output

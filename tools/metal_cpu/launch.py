@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tools.metal_cpu import compiler
+from tools.metal_cpu import toolchain
 
 MAX_REPORTS, MAX_BUFFERS, MAX_ARRAYS = 64, 48, 64
 
@@ -76,7 +76,7 @@ def runtime() -> Any:
     """The runtime's library; kernels loaded later find its functions and those of libm."""
     if sys.platform != "darwin":
         c.CDLL(ctypes.util.find_library("m") or "libm.so.6", mode=c.RTLD_GLOBAL)
-    library = c.CDLL(str(compiler.runtime_library()), mode=c.RTLD_GLOBAL)
+    library = c.CDLL(str(toolchain.runtime_library()), mode=c.RTLD_GLOBAL)
     library.msl_run.argtypes = [c.c_void_p]
     library.msl_run.restype = None
     return library

@@ -152,7 +152,7 @@ def _check_variable(statement: list[Token]) -> None:
         return
     words = {t.text for t in statement}
     at = next((i for i, t in enumerate(statement) if t.text in ("=", "(")), None)
-    if at is not None and statement[at].text == "=" and "constant" not in words:
+    if at is not None and statement[at].text == "=" and not words & {"constant", "MLX_MTL_CONST"}:
         raise RewriteError(
             statement[0].line, "a variable at program scope must be declared `constant`"
         )

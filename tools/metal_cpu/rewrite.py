@@ -38,28 +38,26 @@ def tokens(text: str) -> Iterator[Token]:
         line += match[0].count("\n")
 
 
-def rewrite(text: str, body_line: int) -> tuple[str, list[str]]:
-    """The text for clang, and the names of the threadgroup arrays in the order of their ids.
-
-    body_line: the line of the text on which the kernel's body starts; declarations of threadgroup
-    memory must come after it. Raises RewriteError.
-    """
-    return Rewriter(text, body_line).run()
+def rewrite(text: str) -> str:
+    """The text for clang. Raises RewriteError."""
+    return Rewriter(text).run()
 
 
 class Rewriter:
-    def __init__(self, text: str, body_line: int):
+    def __init__(self, text: str):
         self.tokens = list(tokens(text))
-        self.body_line = body_line
+        self.classes = set(re.findall(r"\b(?:struct|class)\s+(\w+)", text))
         self.at = 0
         self.out: list[str] = []
-        self.arrays: list[str] = []
+        self.n_arrays = 0
+        self.depth = 0  # of braces
+        self.in_kernel = False  # from [[kernel]] to the end of that function
 
-    def run(self) -> tuple[str, list[str]]:
+    def run(self) -> str:
         lint(self._code())
         while self.at < len(self.tokens):
             self._step(self.tokens[self.at])
-        return "".join(self.out), self.arrays
+        return "".join(self.out)
 
     def _code(self) -> list[Token]:
         """The tokens without space, comments and directives."""
@@ -84,11 +82,15 @@ class Rewriter:
             self._emit(literal(token.text))
         elif token.text in ("threadgroup", "alignas") and self._declares_array():
             self._threadgroup_array(token)
+        elif token.text == "thread" and self._qualifies_constructor():
+            self._emit("")
         elif token.text == "template" and self._text_from(self.at, 2) == ["template", "[["]:
             self._skip_statement()
         elif token.kind == "name" and token.text in OPENCL_KEYWORDS:
             self._emit(token.text + "_")
         else:
+            self.depth += (token.text == "{") - (token.text == "}")
+            self.in_kernel &= self.depth > 0 or token.text != "}"
             self._emit(token.text)
 
     def _emit(self, text: str) -> None:
@@ -114,6 +116,7 @@ class Rewriter:
 
     def _skip_attribute(self) -> None:
         while self.tokens[self.at].text != "]]":
+            self.in_kernel |= self.tokens[self.at].text == "kernel"
             self._emit("\n" if self.tokens[self.at].kind == "newline" else "")
         self._emit("")
 
@@ -132,6 +135,18 @@ class Rewriter:
                 if len(found) == n:
                     break
         return found
+
+    def _qualifies_constructor(self) -> bool:
+        """`X() thread {`: clang cannot build temporaries with such a constructor."""
+        if self._text_from(self.at, 2)[1:] not in (["{"], [":"], [";"]):
+            return False
+        depth, name = 0, ""
+        for token in self.tokens[self.at - 1 :: -1]:
+            depth += (token.text == ")") - (token.text == "(")
+            if token.kind == "name" and depth == 0:
+                name = token.text
+                break
+        return name in self.classes
 
     def _declares_array(self) -> bool:
         """Whether `threadgroup` starts a declaration of memory, not of a pointer to it."""
@@ -157,8 +172,8 @@ class Rewriter:
 
         OpenCL allows such variables in kernel functions only, and no template is one.
         """
-        if start.line < self.body_line:
-            raise RewriteError(start.line, "threadgroup memory declared outside the kernel's body")
+        if not self.in_kernel:
+            raise RewriteError(start.line, "threadgroup memory declared outside a kernel function")
         end = self.at
         while self.tokens[end].text != ";":
             end += 1
@@ -179,14 +194,14 @@ class Rewriter:
             suffix = declarator[next(i for i, t in enumerate(declarator) if t is name) + 1 :]
             if any(t.text in ("=", "{") for t in suffix):
                 raise RewriteError(line, f"threadgroup {name.text} has an initialiser")
-            alias = f"msl_type_{len(self.arrays)}"
+            alias = f"msl_type_{self.n_arrays}"
             text += (
                 f"using {alias} = {kind}{''.join(t.text for t in suffix)}; "
                 f"threadgroup {alias}& {name.text} = *(threadgroup {alias}*)(ulong)msl_array("
-                f'{len(self.arrays)}, sizeof({alias}), {align or f"alignof({alias})"}, {line}, '
+                f'{self.n_arrays}, sizeof({alias}), {align or f"alignof({alias})"}, {line}, '
                 f'"{name.text}");'
             )
-            self.arrays.append(name.text)
+            self.n_arrays += 1
         return text
 
 

@@ -5,6 +5,20 @@
 
 typedef half float16_t;
 typedef bfloat bfloat16_t;
+struct complex64_t {
+  float real, imag;
+  complex64_t() = default;
+  complex64_t(float r, float i = 0) : real(r), imag(i) {}
+};
+METAL_FUNC complex64_t operator+(complex64_t a, complex64_t b) {
+  return complex64_t(a.real + b.real, a.imag + b.imag);
+}
+METAL_FUNC complex64_t operator-(complex64_t a, complex64_t b) {
+  return complex64_t(a.real - b.real, a.imag - b.imag);
+}
+METAL_FUNC complex64_t operator*(complex64_t a, complex64_t b) {
+  return complex64_t(a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real);
+}
 #define MLX_MTL_PRAGMA_UNROLL _Pragma("clang loop unroll(full)")
 #define MLX_MTL_CONST static constant constexpr const
 

@@ -84,6 +84,13 @@ template <class T> struct remove_cv<volatile T> { typedef T type; };
 template <class T> struct remove_cv<const volatile T> { typedef T type; };
 template <class T> using remove_cv_t = typename remove_cv<T>::type;
 
+template <class T> struct remove_addrspace { typedef T type; };
+template <class T> struct remove_addrspace<device T> { typedef T type; };
+template <class T> struct remove_addrspace<threadgroup T> { typedef T type; };
+template <class T> struct remove_addrspace<thread T> { typedef T type; };
+template <class T> struct remove_addrspace<__constant T> { typedef T type; };
+template <class T> using remove_addrspace_t = typename remove_addrspace<T>::type;
+
 template <class T> constexpr __constant bool is_floating_point_v =
     __is_same(T, float) || __is_same(T, half) || __is_same(T, bfloat);
 template <class T> constexpr __constant bool is_integral_v = __is_integral(T);
