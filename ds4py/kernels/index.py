@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
+from ds4py.kernels.build import Launcher
+from ds4py.kernels.heads import LayerShape
 from ds4py.kernels.ops import Array, Ops
 
 TILE = 256
@@ -39,3 +43,104 @@ def first(ops: Ops, visible: Array, n_selected: int) -> tuple[Array, Array]:
     ids = ops.broadcast_to(ops.arange(n_selected), (visible.shape[0], n_selected))
     valid = ids < visible
     return ops.where(valid, ids, 0), valid
+
+
+TOPK_THREADS = 256
+"""Threads, and rows scored per round, of the two kernels."""
+ROWS_PER_PART = 1024
+"""Rows worth a threadgroup of their own."""
+MOST_THREADGROUPS = 128
+"""Of the first pass: enough for the largest GPU. It bounds the candidates, whatever the context."""
+
+
+def slots(n_selected: int) -> int:
+    """Room of the running list: what is kept, and what may come before the next sort."""
+    spare = (
+        512 if n_selected <= 512 else TOPK_THREADS
+    )  # 1024: 10 of the 32 KB of threadgroup memory
+    return n_selected + spare
+
+
+def search(
+    launcher: Launcher,
+    shape: LayerShape,
+    query: Array,
+    weights: Array,
+    committed: Array | None,
+    new: Array | None,
+    n_rows: int,
+    visible: Array,
+    place: Array,
+    step: Array,
+    n_selected: int,
+) -> Array:
+    """The best `n_selected` rows each query may see, ties to the lower row: ids int32 [S, k].
+
+    query [S, Hi, d], weights float32 [S, Hi]; committed [layers, capacity, index_row_width] and
+    new [n_new, index_row_width] rows as stored (None: no rows there), n_rows of both; visible
+    int32 [S]; place and step as in `attend.StoredRows`. Ids ascend; a query that sees fewer rows
+    has 0 in the last places.
+    """
+    n = query.shape[0]
+    n_parts = max(1, min(n_rows // ROWS_PER_PART, MOST_THREADGROUPS // n))
+    keys, ids = candidates(
+        launcher, shape, query, weights, committed, new, visible, place, step, n_selected, n_parts
+    )
+    return merge(launcher, keys, ids)
+
+
+def candidates(
+    launcher: Launcher,
+    shape: LayerShape,
+    query: Array,
+    weights: Array,
+    committed: Array | None,
+    new: Array | None,
+    visible: Array,
+    place: Array,
+    step: Array,
+    n_selected: int,
+    n_parts: int,
+) -> tuple[Array, Array]:
+    """First pass: keys and ids uint32 [S, n_selected, n_parts], every part's best first."""
+    n, n_heads, d = query.shape
+    assert (n_heads, d) == (shape.index_heads, shape.index_dim) and weights.shape == (n, n_heads)
+    some = new if committed is None else committed
+    assert some is not None
+    template = (
+        ("T", query.dtype),
+        ("D", d),
+        ("HEADS", n_heads),
+        ("K", n_selected),
+        ("N", slots(n_selected)),
+        ("PLAIN", not shape.native),
+    )
+    rows = (some[None] if some.ndim == 2 else some, some if new is None else new)
+    keys, ids = launcher.launch(
+        "index_candidates",
+        (query, weights, *rows, visible, place, step),
+        template,
+        (TOPK_THREADS * n_parts, n, 1),
+        (TOPK_THREADS, 1, 1),
+        [((n, n_selected, n_parts), mx.uint32)] * 2,
+    )
+    return keys, ids
+
+
+def merge(launcher: Launcher, keys: Array, ids: Array) -> Array:
+    """Second pass: the parts' candidates -> ids int32 [S, k], ascending."""
+    n, n_selected, _ = keys.shape
+    template = (("K", n_selected), ("N", slots(n_selected)))
+    grid, group = (TOPK_THREADS, n, 1), (TOPK_THREADS, 1, 1)
+    outputs = [((n, n_selected), mx.int32)]
+    (out,) = launcher.launch("index_merge", (keys, ids), template, grid, group, outputs)
+    return out
+
+
+def search_ref(
+    ops: Ops, query: Array, weights: Array, rows: Array, visible: Array, n_selected: int
+) -> Array:
+    """What `search` computes, of rows already unpacked [n, d], n > n_selected."""
+    n = rows.shape[0]
+    score = scores(ops, query, weights, ops.append_zeros(rows, -n % TILE))[:, :n]
+    return select(ops, score, visible[:, None], n_selected)[0]

@@ -44,7 +44,6 @@ def matrices(parts: Parts, n_in: int) -> list[PackedMatrix]:
     return [random_matrix(name, n, n_in, rng) for name, n in parts]
 
 
-
 class Projection(NamedTuple):
     """One launch of dense_project."""
 
