@@ -1,15 +1,15 @@
-"""A sequence state as one safetensors file: everything needed to continue bit for bit.
+"""A sequence at one position as plain arrays: everything needed to continue bit for bit.
 
-Arrays are little-endian; bfloat16 travels as its bits. The metadata says which model, numerics and
-position the file belongs to. Written beside the target and renamed, so that a kill leaves the old
-file or the new one.
+An `Image` holds the token ids, the stored rows from some position on, the frontier without what no
+later row needs, the next-token logits where the sequence ended, and the seed of its sampler (noise
+depends on seed and position only, so that is all of its state). What runs along without rows of its
+own, a draft layer's window, goes into `extra`. Arrays are little-endian; bfloat16 travels as its
+bits. `save` writes an image whose rows begin at 0 as one record; the store splits it into segments.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,79 +17,124 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ds4py.cache import record
+from ds4py.cache.record import Arrays, RecordError
 from ds4py.cache.state import Frontier, SequenceState
 from ds4py.errors import InputError
 from ds4py.kernels.ops import Array, Ops
 
-VERSION = 2
+FORMAT = 3
+"""Counts the changes of what an image holds; another one is another identity."""
 
 
-def save(
-    path: Path, state: SequenceState, tokens: list[int], logits: mx.array | None, identity: str
-) -> None:
-    """Write state, token ids and next-token logits. `identity` names model and numerics."""
-    from safetensors.numpy import save as serialise
+@dataclass
+class Image:
+    """One sequence. Raises ValueError where arrays do not fit the model they are put into."""
 
-    frontier = state.frontier
-    arrays = {"tokens": np.asarray(tokens, np.int64), "window": _bits(frontier.window)}
+    tokens: npt.NDArray[np.int32]
+    """All ids, [position]."""
+    start: int
+    """Rows that were complete after this many tokens are not in here."""
+    rows: Arrays
+    """Per series, stored rows [layers, n, width]."""
+    ratios: dict[str, int]
+    """Per series, tokens a row stands for."""
+    frontier: Arrays
+    """`window`, and per series `values.NAME`."""
+    logits: npt.NDArray[np.float32] | None = None
+    """[1, V]"""
+    seed: int | None = None
+    extra: dict[str, Arrays] = field(default_factory=dict)
+    """Frontiers of further sequences, by name, as `capture_frontier` gives them."""
+
+    @property
+    def position(self) -> int:
+        return len(self.tokens)
+
+
+def capture(
+    state: SequenceState, frontier: Frontier, tokens: list[int], start: int, **more: Any
+) -> Image:
+    """The sequence at a frontier of a state, with rows from `start` on. Evaluates them."""
+    rows = {
+        s.name: _bits(state.rows[s.name].data[:, s.count(start) : s.count(frontier.position)])
+        for s in state.series
+    }
+    ids = np.asarray(tokens[: frontier.position], np.int32)
+    ratios = {s.name: s.ratio for s in state.series}
+    return Image(ids, start, rows, ratios, capture_frontier(state, frontier), **more)
+
+
+def fill(state: SequenceState, image: Image) -> None:
+    """Make an empty state the sequence of an image whose rows begin at 0. Raises ValueError."""
+    ops, position, rows = state.ops, image.position, {}
+    assert image.start == 0
     for s in state.series:
-        arrays[f"values.{s.name}"] = _bits(frontier.values[s.name])
-        arrays[f"rows.{s.name}"] = _bits(state.rows[s.name].data[:, : s.count(state.position)])
-    if logits is not None:
-        arrays["logits"] = _bits(logits)
-    header = {"version": VERSION, "identity": identity, "position": state.position}
-    data = serialise(arrays, metadata={"ds4py": json.dumps(header)})
-    _write_atomically(path, data)
+        data = state.rows[s.name].data
+        shape = (data.shape[0], s.count(position), data.shape[2])
+        rows[s.name] = _array(ops, image.rows.get(s.name), data, shape)
+    fill_frontier(state, position, image.frontier)
+    for name, array in rows.items():
+        state.rows[name].write(0, array)
+    mx.eval(state.pending())  # nothing lazy still refers to the file's arrays
 
 
-def load(path: Path, state: SequenceState, identity: str) -> tuple[list[int], mx.array | None]:
-    """Fill an empty `state` from a file -> token ids, logits. Raises InputError."""
-    from safetensors import SafetensorError, safe_open
+def capture_frontier(state: SequenceState, frontier: Frontier) -> Arrays:
+    """`window`, and `values.NAME` per series."""
+    kept = state.checkpoint(frontier)
+    arrays = {"window": _bits(kept.window)}
+    return arrays | {f"values.{name}": _bits(values) for name, values in kept.values.items()}
 
+
+def fill_frontier(state: SequenceState, position: int, arrays: Arrays) -> None:
+    """Put a state to a captured frontier; its rows are the caller's. Raises ValueError."""
+    like, values = state.frontier, {}
+    for s in state.series:
+        whole = like.values[s.name]
+        shape = (whole.shape[0], s.needed(position), whole.shape[2])
+        values[s.name] = _array(state.ops, arrays.get(f"values.{s.name}"), whole, shape)
+    window = _array(state.ops, arrays.get("window"), like.window, tuple(like.window.shape))
+    state.restore(Frontier(position, state.ops.copy(window), values))
+
+
+def save(path: Path, image: Image, identity: str) -> None:
+    """Write an image as one file. `identity` names model and numerics. Raises InputError."""
+    arrays = {"tokens": image.tokens, **image.frontier}
+    arrays |= {f"rows.{name}": array for name, array in image.rows.items()}
+    for name, values in image.extra.items():
+        arrays |= {f"extra.{name}.{key}": array for key, array in values.items()}
+    if image.logits is not None:
+        arrays["logits"] = image.logits
+    header = {"identity": identity, "position": image.position, "seed": image.seed}
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("ds4py", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        record.write(path, header, arrays)
+    except OSError as exc:
+        raise InputError(f"{path} cannot be written ({exc.strerror})") from exc
+
+
+def load(path: Path, identity: str) -> Image:
+    """An image from a file. Raises InputError."""
+    try:
+        header, arrays = record.read(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; save a session there first") from None
-    except (OSError, SafetensorError, ValueError) as exc:
-        raise InputError(f"{path} is not a readable snapshot ({exc})") from exc
-    if header.get("version") != VERSION:
-        raise InputError(
-            f"{path} is a snapshot of version {header.get('version')}; this program reads {VERSION}"
-        )
+    except OSError as exc:
+        raise InputError(f"{path} cannot be read ({exc.strerror})") from exc
     if header.get("identity") != identity:
         raise InputError(
             f"{path} was saved from another model or with other numerics; open it with the model "
             "and options it was made with"
         )
-    try:
-        return _fill(state, arrays, int(header["position"]))
-    except (KeyError, ValueError, TypeError) as exc:
-        raise InputError(f"{path} is damaged ({exc}); save the session again") from exc
-
-
-def _fill(
-    state: SequenceState, arrays: dict[str, npt.NDArray[Any]], position: int
-) -> tuple[list[int], mx.array | None]:
-    empty, ops = state.frontier, state.ops
-    tokens = [int(t) for t in arrays["tokens"]]
-    if position < 0 or len(tokens) != position:
-        raise ValueError(f"{len(tokens)} tokens for position {position}")
-    values, rows = {}, {}
-    for s in state.series:
-        values[s.name] = _array(ops, arrays[f"values.{s.name}"], empty.values[s.name])
-        data = state.rows[s.name].data
-        rows[s.name] = _array(
-            ops, arrays[f"rows.{s.name}"], data, (data.shape[0], s.count(position), data.shape[2])
-        )
-    window = _array(ops, arrays["window"], empty.window)
-    logits = mx.array(arrays["logits"]) if "logits" in arrays else None
-    for name, array in rows.items():
-        state.rows[name].write(0, array)
-    state.restore(Frontier(position, window, values))
-    mx.eval(state.pending())  # nothing lazy still refers to the file's arrays
-    return tokens, logits
+    rows = {n.removeprefix("rows."): a for n, a in arrays.items() if n.startswith("rows.")}
+    extra: dict[str, Arrays] = {}
+    for name in [n for n in arrays if n.startswith("extra.")]:
+        _, state, key = name.split(".", 2)
+        extra.setdefault(state, {})[key] = arrays[name]
+    frontier = {n: a for n, a in arrays.items() if n == "window" or n.startswith("values.")}
+    if "tokens" not in arrays or len(arrays["tokens"]) != header.get("position"):
+        raise RecordError(f"{path} is damaged: it lacks its tokens; save the session again")
+    logits = arrays.get("logits")
+    return Image(arrays["tokens"], 0, rows, {}, frontier, logits, header.get("seed"), extra)
 
 
 def _bits(x: Array) -> npt.NDArray[Any]:
@@ -97,31 +142,11 @@ def _bits(x: Array) -> npt.NDArray[Any]:
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, order="C")
 
 
-def _array(
-    ops: Ops, bits: npt.NDArray[Any], like: Array, shape: tuple[int, ...] | None = None
-) -> Array:
-    shape = tuple(like.shape) if shape is None else shape
+def _array(ops: Ops, bits: npt.NDArray[Any] | None, like: Array, shape: tuple[int, ...]) -> Array:
+    if bits is None:
+        raise ValueError("an array is missing")
     x = ops.array(bits)
     x = x.view(mx.bfloat16) if like.dtype == mx.bfloat16 else x
     if tuple(x.shape) != shape or x.dtype != like.dtype:
         raise ValueError(f"an array is {x.dtype}{list(x.shape)}, not {like.dtype}{list(shape)}")
     return x
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Private by default: a snapshot holds a conversation."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as exc:
-        raise InputError(f"{path.parent} cannot be written ({exc.strerror})") from exc
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, path)
-    except OSError as exc:
-        raise InputError(f"{path} cannot be written ({exc.strerror})") from exc
-    finally:
-        if os.path.exists(name):
-            os.unlink(name)

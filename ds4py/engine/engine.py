@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py import assets
+from ds4py.cache import snapshot
 from ds4py.cache.rows import row_formats
 from ds4py.config import ModelConfig
 from ds4py.engine import memory
@@ -37,6 +38,10 @@ from ds4py.weights.files import ModelFiles
 from ds4py.weights.load import Loader
 from ds4py.weights.source import fingerprint
 
+NUMERICS = 1
+"""Counts the changes after which the same weights give other rows."""
+ROUTING = "exact"
+"""Experts are the router's own choice; a mode that chooses otherwise is another identity."""
 EMBEDDED = "tiny"
 """The model that travels with the package."""
 
@@ -238,7 +243,7 @@ class Engine:
         config = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode()).hexdigest()
         weights = fingerprint(self._loader.checkpoint.files)
         numerics = f"{self._dtype_name} {self.model.ops.name} {self.options.trained_rounding}"
-        return f"{config} {weights} {numerics}"
+        return f"{config} {weights} {numerics} {ROUTING} {snapshot.FORMAT}.{NUMERICS}"
 
     @property
     def _dtype_name(self) -> str:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
+import numpy as np
 
 from ds4py.cache import snapshot
+from ds4py.cache.snapshot import Image, capture
 from ds4py.cache.state import Frontier
 from ds4py.engine.checkpoints import GRID, MOST_BYTES, Checkpoints
 from ds4py.engine.decode import decode
 from ds4py.engine.options import SamplingOptions
 from ds4py.engine.sampling import Constraint, Logprobs, Sampler, logprobs
 from ds4py.engine.stopping import StopStrings
-from ds4py.errors import OptionsError, PromptError
+from ds4py.errors import InputError, OptionsError, PromptError
 from ds4py.text.detokenizer import Detokenizer
 from ds4py.text.spelling import common_prefix
 
@@ -56,6 +58,8 @@ class Session:
         self._checkpoints = Checkpoints(checkpoint_bytes)
         self.reused = 0
         """How many tokens the last `sync` found in the state."""
+        self.seed: int | None = None
+        """Of the last generation: with it and the same options a restored session goes on alike."""
 
     @property
     def tokens(self) -> list[int]:
@@ -147,6 +151,7 @@ class Session:
             )
         n_tokens = room if options.max_tokens is None else min(options.max_tokens, room)
         sampler = Sampler(options, self._tokens, self._engine.config.vocab_size, constraint)
+        self.seed = sampler.seed
         steps = decode(self._model, self._state, logits, sampler, n_tokens)
         try:
             yield from self._tokens_of(steps, options, n_tokens)
@@ -156,16 +161,36 @@ class Session:
 
     def save(self, path: Path | str) -> None:
         """Write a snapshot that `Engine.restore` continues bit for bit. Raises InputError."""
-        snapshot.save(Path(path), self._state, self._tokens, self._logits, self._engine.identity)
+        snapshot.save(Path(path), self.image(), self._engine.identity)
 
     def load(self, path: Path | str) -> None:
         """Take over a snapshot's state. Raises InputError; the session is then as before."""
-        state = self._model.new_state()
-        tokens, logits = snapshot.load(Path(path), state, self._engine.identity)
+        try:
+            self.adopt(snapshot.load(Path(path), self._engine.identity))
+        except ValueError as exc:
+            raise InputError(f"{path} is damaged ({exc}); save the session again") from exc
+
+    def image(self, frontier: Frontier | None = None, start: int = 0) -> Image:
+        """The session, or what it was at a checkpoint, with the rows after `start` tokens."""
+        if frontier is None or frontier.position == self.position:
+            logits = None if self._logits is None else np.array(self._logits, np.float32)
+            here = self._state.frontier
+            return capture(self._state, here, self._tokens, start, logits=logits, seed=self.seed)
+        return capture(self._state, frontier, self._tokens, start, seed=self.seed)
+
+    def adopt(self, image: Image) -> None:
+        """Become an image whose rows begin at 0. Raises ValueError, PromptError; then as before."""
+        tokens, state = [int(t) for t in image.tokens], self._model.new_state()
         check_tokens(tokens, self._engine.context, self._engine.config.vocab_size)
-        self._state, self._logits, self._tokens = state, logits, tokens
+        snapshot.fill(state, image)
+        self._logits = None if image.logits is None else mx.array(image.logits)
+        self._state, self._tokens, self.seed = state, tokens, image.seed
         self._checkpoints.forget_after(0)
         self._keep(state.frontier)
+
+    def turns(self) -> list[Frontier]:
+        """Checkpoints where a turn begins or a reply opens, ascending."""
+        return self._checkpoints.turns()
 
     @property
     def n_bytes(self) -> int:

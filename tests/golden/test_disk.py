@@ -1,0 +1,212 @@
+"""Sessions through the store: bit for bit what they were, and never anything else.
+
+Runs on the golden set with V4-Flash's ratios and window; from 68 tokens on the indexer selects.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from ds4py import Engine, EngineOptions, SamplingOptions, Session
+from ds4py.cache import snapshot
+from ds4py.cache.state import SequenceState
+from ds4py.cache.store import Store
+from ds4py.engine.disk import DiskSessions
+from ds4py.engine.scheduler import Scheduler
+from tests.golden.sets import DATA, load
+
+ROOM = 1 << 28
+SET = DATA / "flashlike"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.open(SET, EngineOptions(prefill_chunk=64))
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    return [int(t) for t in np.resize(load("flashlike")["input_ids"], 700)]
+
+
+@pytest.fixture
+def kept(engine: Engine, tmp_path: Path) -> Iterator[Callable[[Engine], DiskSessions]]:
+    """Opens the same directory for an engine, as often as asked."""
+    opened: list[Store] = []
+
+    def open_for(engine: Engine) -> DiskSessions:
+        opened.append(Store.open(tmp_path / "kv", ROOM))
+        return DiskSessions(engine, opened[-1])
+
+    yield open_for
+    for store in opened:
+        assert store.trouble is None
+        store.close()
+
+
+Kept = Callable[[Engine], DiskSessions]
+
+
+def generated(session: Session, n: int) -> list[int]:
+    options = SamplingOptions(seed=3, max_tokens=n, temperature=1.2, stop_at_eos=False)
+    return [token.id for token in session.generate(options)]
+
+
+def arrays(session: Session) -> dict[str, bytes]:
+    """Everything a session's future depends on."""
+    image = session.image()
+    named = {**image.rows, **image.frontier, "tokens": image.tokens, "logits": image.logits}
+    return {name: np.asarray(array).tobytes() for name, array in named.items()}
+
+
+def test_restored_goes_on_as_if_never_stopped(engine: Engine, ids: list[int], kept: Kept) -> None:
+    disk = kept(engine)
+    session = engine.session()
+    cuts = (32, 127, 128, 129, 131, 255, 256, 300)
+    for cut in cuts:
+        session.sync(ids[:cut])
+        assert disk.keep(session)
+    whole = engine.session()
+    again = kept(Engine.open(SET, EngineOptions(prefill_chunk=96)))
+    for cut in cuts:
+        restored = again._engine.session()
+        assert again.restore(restored, ids[:cut]) == cut
+        whole.sync(ids[:cut])
+        assert arrays(restored) == arrays(whole)
+        assert generated(restored, 9) == generated(whole, 9)
+        assert arrays(restored) == arrays(whole)
+        restored.rewind(max(cut - 5, 1))
+        whole.rewind(max(cut - 5, 1))
+        assert arrays(restored) == arrays(whole)
+
+
+def test_another_model_is_a_miss(engine: Engine, ids: list[int], kept: Kept) -> None:
+    session = engine.session()
+    session.sync(ids[:200])
+    assert kept(engine).keep(session)
+    for options in (
+        EngineOptions(trained_rounding=False),
+        EngineOptions(dtype="float32"),
+        EngineOptions(kernels="reference"),
+    ):
+        other = Engine.open(SET, options)
+        assert kept(other).reusable(ids[:200]) == 0
+    small = Engine.open(SET, EngineOptions(context=150))
+    fresh = small.session()
+    assert kept(small).restore(fresh, ids[:200]) == 0 and fresh.position == 0
+
+
+def test_files_of_one_model_in_the_place_of_anothers(
+    engine: Engine, ids: list[int], tmp_path: Path
+) -> None:
+    """Even a segment that is whole and has the right name is refused when it says otherwise."""
+    other = Engine.open(SET, EngineOptions(dtype="float32"))
+    names = []
+    for n, one in enumerate((engine, other)):
+        store = Store.open(tmp_path / str(n), ROOM)
+        session = one.session()
+        session.sync(ids[:200])
+        assert DiskSessions(one, store).keep(session)
+        names.append(sorted((tmp_path / str(n)).glob("s*/*")))
+        store.close()
+    for mine, theirs in zip(*names, strict=True):
+        shutil.copy(theirs, mine)
+    store = Store.open(tmp_path / "0", ROOM)
+    session = engine.session()
+    disk = DiskSessions(engine, store)
+    assert disk.reusable(ids[:200]) == 200 and disk.restore(session, ids[:200]) == 0
+    assert disk.reusable(ids[:200]) == 0
+    session.sync(ids[:200])
+    np.testing.assert_array_equal(session.logits(), engine.score(ids[:200])[-1])
+    assert [disk.keep(session) and disk.restore(engine.session(), ids[:200]) for _ in (1, 2)] == [
+        0,  # the segment is met only now, and dropped
+        200,
+    ]
+    store.close()
+
+
+def test_a_dropped_session_comes_back_from_disk(engine: Engine, ids: list[int], kept: Kept) -> None:
+    disk = kept(engine)
+    scheduler = Scheduler(engine, 3_000_000, disk)
+    prompts = [[n, *ids[:300]] for n in range(5)]
+    expected = []
+    for prompt in prompts:
+        session = scheduler.acquire(prompt)
+        session.sync(prompt)
+        expected.append(session.logits())
+        scheduler.release(session)
+        assert scheduler.n_bytes <= scheduler.kv_bytes
+    assert scheduler.stats()["parked"] > 0 and scheduler.stats()["dropped"] == 0
+    for prompt, logits in zip(prompts, expected, strict=True):
+        session = scheduler.acquire([*prompt, 5])
+        assert session.sync([*prompt, 5]) == 301
+        session.rewind(301)
+        np.testing.assert_array_equal(session.logits(), logits)
+        scheduler.release(session)
+    scheduler.close()
+    after = Scheduler(engine, 3_000_000, kept(engine))
+    assert after.acquire(prompts[0]).position == 301
+    assert after.stats()["reused_disk"] == 301
+
+
+def test_bytes_of_growth(engine: Engine, ids: list[int], kept: Kept) -> None:
+    """200 more tokens: their rows and a quarter more, 64 KiB and one frontier at most."""
+    disk, session = kept(engine), engine.session()
+
+    def size() -> int:
+        return sum(p.stat().st_size for p in disk.store.directory.rglob("*") if p.is_file())
+
+    session.sync(ids[:500])
+    disk.keep(session)
+    before = size()
+    session.sync(ids)
+    disk.keep(session)
+    per_token = sum(
+        store.row_bytes * store.data.shape[0] / s.ratio
+        for s, store in zip(session._state.series, session._state.rows.values(), strict=True)
+    )
+    frontier = session._state.frontier.n_bytes
+    assert size() - before < 200 * per_token * 1.25 + 65536 + frontier
+
+
+def test_the_draft_layers_window_travels_along(
+    engine: Engine, ids: list[int], tmp_path: Path
+) -> None:
+    """A draft state captured with a session continues bit for bit."""
+    draft = engine.draft
+    _, streams = engine._run(ids[:100], None)
+
+    def step(state: SequenceState, start: int, end: int) -> np.ndarray:
+        following = mx.array(ids[start + 1 : end + 1])
+        out, delta = draft.step(draft.ops.array(streams[start:end]), following, state)
+        state.commit(delta, end - start)
+        return np.array(out)
+
+    state, session = draft.new_state(), engine.session()
+    session.sync(ids[:71])
+    step(state, 0, 70)
+    image = session.image()
+    image.extra["draft"] = snapshot.capture_frontier(state, state.frontier)
+    snapshot.save(tmp_path / "s", image, engine.identity)
+    read = snapshot.load(tmp_path / "s", engine.identity)
+    restored = draft.new_state()
+    snapshot.fill_frontier(restored, 70, read.extra["draft"])
+    np.testing.assert_array_equal(step(restored, 70, 99), step(state, 70, 99))
+
+
+def test_the_seed_of_an_answer_is_kept(engine: Engine, ids: list[int], tmp_path: Path) -> None:
+    """An answer drawn with a seed of its own can be taken up where it was cut."""
+    session = engine.session()
+    session.sync(ids[:150])
+    options = SamplingOptions(max_tokens=20, temperature=1.5, stop_at_eos=False)
+    first = [token.id for token in session.generate(options)]
+    assert session.seed is not None
+    session.rewind(160)
+    session.save(tmp_path / "s")
+    restored = engine.restore(tmp_path / "s")
+    options = SamplingOptions(max_tokens=10, temperature=1.5, stop_at_eos=False, seed=restored.seed)
+    assert [token.id for token in restored.generate(options)] == first[10:]
