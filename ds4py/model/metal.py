@@ -7,6 +7,7 @@ lists it, and the engine's statistics show the list.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
@@ -17,7 +18,8 @@ import mlx.core as mx
 from ds4py.cache.rows import attention_layout, index_layout
 from ds4py.cache.state import LayerDelta
 from ds4py.config import LayerPlan
-from ds4py.kernels import compress, dense, heads, hyper, matvec, moe
+from ds4py.kernels import attend, compress, dense, heads, hyper, index, matvec, moe
+from ds4py.kernels.attend import StoredRows
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.formats import PackedMatrix
 from ds4py.kernels.hyper import HyperWeights
@@ -27,14 +29,14 @@ from ds4py.model.fused import Heads, Residual, Routing, Streams
 from ds4py.model.reference import Reference
 
 if TYPE_CHECKING:
-    from ds4py.model.attention import Attention, Compressor
+    from ds4py.model.attention import Attention
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
     from ds4py.model.plan import Closing, StepPlan
 
 Packed = tuple[PackedMatrix, ...]
 
-PLAIN = ("choose", "attend", "leave", "route", "experts", "draft", "commit", "sample")
+PLAIN = ("choose", "route", "draft", "commit", "sample")
 """Operations that run as plain MLX operations, wholly or in part."""
 
 
@@ -164,34 +166,107 @@ class Metal(Reference):
         for compressor, new in zip(series, rows, strict=False):
             delta.rows[compressor.series.name] = new
 
-    def _index_queries(
-        self, heads: Heads, indexer: Compressor, plan: StepPlan
-    ) -> tuple[Array, Array]:
-        query, weights = heads.index  # as `prepare` made them
-        return query, weights
+    def choose(
+        self, heads: Heads, delta: LayerDelta, layer: Attention, plan: StepPlan
+    ) -> Array | None:
+        """int32 [S, index_topk], or None while every visible row fits."""
+        if layer.indexer is None:
+            return None
+        closing = plan.closing[layer.indexer.series.name]
+        if closing.n_old + closing.n_new <= layer.n_chosen:
+            return None
+        q, weights = heads.index
+        score = self._scores(q, weights, delta.rows.get(layer.indexer.series.name), layer, plan)
+        return index.select(self.ops, score, closing.visible, layer.n_chosen)[0]
+
+    def attend(
+        self,
+        heads: Heads,
+        delta: LayerDelta,
+        chosen: Array | None,
+        layer: Attention,
+        plan: StepPlan,
+    ) -> Array:
+        """[S, heads * hd]"""
+        stored = self._stored_rows(delta, layer, plan)
+        table = plan.table(layer.layer)
+        shape = self.shapes[layer.layer.ratio]
+        return attend.rows(self.launcher, shape, heads.q, stored, chosen, layer.sink, table)
+
+    def _stored_rows(self, delta: LayerDelta, layer: Attention, plan: StepPlan) -> StoredRows:
+        window = plan.state.frontier.window
+        if layer.compressor is None:
+            place = integers(layer.slot, 0)
+            return StoredRows(window, delta.window, None, None, 0, plan.nothing, place, plan.origin)
+        name = layer.compressor.series.name
+        closing = plan.closing[name]
+        return StoredRows(
+            window,
+            delta.window,
+            plan.state.rows[name].data if closing.n_old else None,
+            delta.rows.get(name),
+            closing.n_old + closing.n_new,
+            closing.visible,
+            integers(layer.slot, plan.state.slot[name, layer.slot]),
+            closing.step,
+        )
 
     def grouped(self, o: Array, weight: Packed) -> Array:
-        flat = o.reshape(o.shape[0], -1)
-        return self._dense(flat, weight, groups=self.config.o_groups)
+        return self._dense(o, weight, groups=self.config.o_groups)
 
     def leave(self, y: Array, weight: Packed, residual: Residual, reader: HyperWeights) -> Streams:
-        return self._add(self._dense(y, weight).astype(self.dtype), residual)
-
-    def _add(self, y: Array, residual: Residual) -> Streams:
-        n, h, _ = residual.streams.shape
-        post, comb = residual.gates[:, :h], residual.gates[:, h:].reshape(n, h, h)
-        return Streams(hyper.expand(self.ops, y, residual.streams, post, comb))
+        after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
+        (matrix,) = weight
+        made = [
+            dense.expand(self.launcher, y[rows], matrix, part)
+            for rows, part in self._pieces(y.shape[0], after)
+        ]
+        return joined(made)
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
-        return self._route(self._dense(x, layer.w_in[:1]), layer, tokens)
+        routing = self._route(self._dense(x, layer.w_in[:1]), layer, tokens)
+        order = mx.argsort(routing.ids, axis=1)  # sums run in ascending expert id
+        ids = mx.take_along_axis(routing.ids, order, axis=1).astype(mx.int32)
+        return Routing(ids, mx.take_along_axis(routing.weights, order, axis=1))
 
     def experts(
         self, x: Array, layer: MoE, routing: Routing, residual: Residual, reader: HyperWeights
     ) -> Streams:
+        after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
+        placed = layer.experts.place(layer.index, routing.ids)
+        if placed is None:
+            return self._routed(x, layer, routing, residual)
+        records, slots = placed
+        made = []
+        for rows, part in self._pieces(x.shape[0], after):
+            h = moe.gate_up(
+                self.launcher,
+                x[rows],
+                records,
+                slots[rows],
+                routing.weights[rows],
+                layer.w_in[1:],
+                self.config.swiglu_limit,
+            )
+            made.append(moe.down(self.launcher, h, records, slots[rows], layer.shared_w2[0], part))
+        return joined(made)
+
+    def _routed(self, x: Array, layer: MoE, routing: Routing, residual: Residual) -> Streams:
+        """Experts whose source computes them itself."""
         y = layer.experts.routed(layer.index, x, routing.ids, routing.weights)
-        gate, up = columns(self._dense(x, layer.w_in[1:]), [layer.w_in[1].rows.shape[0]] * 2)
-        h = moe.swiglu(self.ops, gate, up, self.config.swiglu_limit).astype(x.dtype)
-        return self._add((y + self._dense(h, layer.shared_w2)).astype(x.dtype), residual)
+        width = layer.w_in[1].rows.shape[0]
+        both = self._dense(x, layer.w_in[1:])
+        h = moe.swiglu(self.ops, both[:, :width], both[:, width:], self.config.swiglu_limit)
+        y = y + self._dense(h.astype(x.dtype), layer.shared_w2)
+        n, h, _ = residual.streams.shape
+        post, comb = residual.gates[:, :h], residual.gates[:, h:].reshape(n, h, h)
+        return Streams(hyper.expand(self.ops, y, residual.streams, post, comb))
+
+    def _pieces(self, n: int, after: dense.Residual) -> Iterator[tuple[slice, dense.Residual]]:
+        """Rows in groups that the decode kernels take, each with its part of the residual."""
+        for start in range(0, n, matvec.MAX_ROWS):
+            rows = slice(start, start + matvec.MAX_ROWS)
+            yield rows, dense.Residual(after.streams[rows], after.gates[rows], after.fn)
 
     def draft(self, layer: DraftLayer, streams: Array, tokens: Array) -> Streams:
         ops, eps, (n, h, d) = self.ops, self.config.rms_norm_eps, streams.shape
@@ -230,3 +305,11 @@ def numbers(*values: float) -> mx.array:
 def columns(x: Array, widths: list[int]) -> list[Array]:
     """x [S, sum of widths] apart."""
     return [x[:, start:end] for start, end in pairwise(accumulate(widths, initial=0))]
+
+
+def joined(parts: list[tuple[Array, Array]]) -> Streams:
+    """Streams and partials of groups of rows, one behind the other."""
+    if len(parts) == 1:
+        return Streams(*parts[0])
+    streams, partials = ([part[i] for part in parts] for i in range(2))
+    return Streams(mx.concatenate(streams), mx.concatenate(partials, axis=1))

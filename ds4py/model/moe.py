@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from ds4py.kernels import moe
+from ds4py.kernels.formats import ExpertRecords
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, LinearMaps, Ops, PackedWeight, Weight
 from ds4py.model.fused import Fused, Residual, Streams
@@ -54,6 +55,11 @@ class ExpertSource(ABC):
             self.trace.chosen(layer, ids)
         return self._routed(layer, x, ids, weight)
 
+    def place(self, layer: int, ids: Array) -> tuple[ExpertRecords, Array] | None:
+        """Records that hold experts ids [S, k] of `layer` and where in them, slots [S, k], for
+        kernels that read them there; None: ask `routed`."""
+        return None
+
     @abstractmethod
     def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array: ...
 
@@ -64,11 +70,24 @@ class ResidentExperts(ExpertSource):
     def __init__(self, ops: Ops, swiglu_limit: float):
         self.ops, self.limit = ops, swiglu_limit
         self.weights: dict[int, tuple[ExpertWeight, ExpertWeight]] = {}
+        self._records: dict[int, ExpertRecords] = {}
 
     def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
         w13, w2 = self.weights[layer]
         observe = partial(self.observe, layer) if self.observe is not None else None
         return moe.routed(self.ops, x, ids, weight, w13, w2, self.limit, observe)
+
+    def place(self, layer: int, ids: Array) -> tuple[ExpertRecords, Array] | None:
+        if self.observe is not None:
+            return None
+        if self.trace is not None:
+            self.trace.chosen(layer, ids)
+        records = self._records.get(layer)
+        if records is None:
+            w13, w2 = self.weights[layer]
+            assert isinstance(w13, PackedWeight) and isinstance(w2, PackedWeight)
+            records = self._records[layer] = ExpertRecords.of(w13, w2)
+        return records, ids
 
 
 @dataclass(frozen=True)

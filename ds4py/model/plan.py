@@ -55,6 +55,11 @@ class StepPlan:
         return self.ops.array(np.array([self.start, 0], np.int32))
 
     @cached_property
+    def nothing(self) -> Array:
+        """Compressed rows that queries of those layers see: int32 [S]."""
+        return self.ops.zeros((self.n_tokens,), self.ops.int32)
+
+    @cached_property
     def sliding(self) -> rope.Rotation:
         """For q, rows and outputs of sliding layers, [S, head_dim]."""
         return self._rotation(self.freqs.sliding, self.config.head_dim)
