@@ -101,6 +101,10 @@ KvMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory of conversations. Default: at most 4 GiB."),
 ]
+KvDir = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Keeps conversations for the next start; none: nowhere."),
+]
 Grace = Annotated[
     float, typer.Option(min=0, metavar="S", help="Seconds answers may take after SIGTERM.")
 ]
@@ -259,6 +263,7 @@ def serve(
     strict_model: StrictModel = False,
     max_body: MaxBody = "64MB",
     kv_memory: KvMemory = None,
+    kv_dir: KvDir = None,
     grace: Grace = 10.0,
     context: ContextSize = None,
     memory: Memory = None,
@@ -283,6 +288,7 @@ def serve(
         strict_model=strict_model,
         max_body=max_body,
         kv_memory=kv_memory,
+        kv_dir=kv_dir,
         grace_s=grace,
     )
     return run(settings, options)

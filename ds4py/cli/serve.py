@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds4py.cli.model import announce, tokenizer_of
-from ds4py.cli.settings import Settings, models_directory
+from ds4py.cli.settings import Settings, kv_directory, models_directory
 from ds4py.errors import OptionsError
 from ds4py.sizes import parse_size
 
@@ -39,6 +39,7 @@ class ServeOptions:
     strict_model: bool
     max_body: str
     kv_memory: str | None
+    kv_dir: str | None
     grace_s: float
 
 
@@ -65,6 +66,7 @@ def run(settings: Settings, options: ServeOptions) -> int:
         strict_model=options.strict_model,
         thinking=options.thinking,
         max_body=parse_size(options.max_body),
+        state=kv_directory(options.kv_dir),
     )
     worker = Worker(_opener(settings, options), options.slots, options.queue)
     with ExitStack() as stack:

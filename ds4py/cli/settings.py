@@ -42,6 +42,25 @@ def models_directory(environ: Mapping[str, str] = os.environ) -> Path:
     return data / "ds4" / "models"
 
 
+def kv_directory(option: str | None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """`--kv-dir`, made when missing: where conversations outlive the process; "none": nowhere.
+
+    Without the option `ds4/kv` in the user's cache directory. Raises OptionsError.
+    """
+    if option == "none":
+        return None
+    root = environ.get("XDG_CACHE_HOME") or ""
+    cache = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    path = Path(option).expanduser() if option else cache / "ds4" / "kv"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionsError(
+            f"cannot use {path} for conversations: {error.strerror}; name another --kv-dir, or none"
+        ) from error
+    return path
+
+
 @dataclass(frozen=True)
 class Settings:
     """One request's choices: model, conversation mode, sampling. None: the engine's default."""

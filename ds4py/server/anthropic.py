@@ -13,19 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ds4py.server.body import Body, Part
+from ds4py.server.conversation import Choice, Conversation, Format, Tool
 from ds4py.server.errors import ApiError
 from ds4py.server.openai_parts import arguments_object
-from ds4py.server.prompt import (
-    Choice,
-    Conversation,
-    Format,
-    PromptWriter,
-    Tool,
-    check_results,
-    check_stops,
-    check_tools,
-    effort_of,
-)
+from ds4py.server.prompt import PromptWriter, check_results, check_stops, check_tools, effort_of
 from ds4py.server.request import Event, Finished, Reading, Request, Usage
 from ds4py.server.respond import Answer, frame
 from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart

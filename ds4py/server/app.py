@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -28,11 +29,13 @@ from ds4py.server import anthropic
 from ds4py.server import body as bodies
 from ds4py.server.anthropic import CountBody, MessagesBody, MessagesExchange
 from ds4py.server.errors import ApiError, NotReady
+from ds4py.server.generation import Turn
 from ds4py.server.kept import Kept
 from ds4py.server.openai_chat import ChatBody, ChatExchange
 from ds4py.server.openai_completions import CompletionBody, CompletionExchange
 from ds4py.server.openai_responses import ResponsesBody, ResponsesExchange
 from ds4py.server.prompt import PromptWriter
+from ds4py.server.replay import Replays
 from ds4py.server.respond import Exchange, Inbox, Pace, Stream, Whole, to_json
 from ds4py.server.worker import Worker
 
@@ -60,6 +63,8 @@ class Rules:
     body_s: float = 60.0
     """How long a body may take to arrive."""
     pace: Pace = field(default_factory=Pace)
+    state: Path | None = None
+    """A directory for what outlives the server; None: nothing does."""
 
 
 class Service:
@@ -70,6 +75,7 @@ class Service:
         self.rules = rules
         self.created = int(time.time())
         self.kept = Kept()
+        self.replays = Replays(rules.state)
         self._writer: PromptWriter | None = None
 
     @property
@@ -83,7 +89,11 @@ class Service:
                 raise NotReady(f"the model is being loaded{share}; try again")
             assert engine.tokenizer is not None
             self._writer = PromptWriter(
-                engine.tokenizer, engine.context, engine.config.vocab_size, engine.name
+                engine.tokenizer,
+                engine.context,
+                engine.config.vocab_size,
+                engine.name,
+                self.replays,
             )
         return self._writer
 
@@ -102,7 +112,11 @@ class Service:
         exchange = await asyncio.to_thread(make)
         inbox = Inbox(self.worker, exchange.requests)
         kind = Stream if exchange.streaming else Whole
-        return kind(exchange, inbox, self.rules.pace, lambda ids, turn: None)
+        return kind(exchange, inbox, self.rules.pace, self.record)
+
+    def record(self, ids: list[str], turn: Turn) -> None:
+        """Keep what the model wrote for when its calls come back."""
+        self.replays.put(ids, turn, self.writer.tokenizer)
 
 
 async def read_body(request: HttpRequest, model: type[AnyBody]) -> AnyBody:
@@ -350,8 +364,8 @@ def as_api_error(failure: Exception) -> ApiError:
     return ApiError("the server failed; see its log", 500)
 
 
-def make_app(worker: Worker, rules: Rules) -> ASGIApp:
-    """The application. `worker` may still be loading its model."""
+def make_app(service: Service) -> ASGIApp:
+    """The application. The worker may still be loading its model."""
 
     def route(
         path: str, endpoint: Callable[[HttpRequest], Awaitable[Response]], *methods: str
@@ -374,5 +388,5 @@ def make_app(worker: Worker, rules: Rules) -> ASGIApp:
         ],
         exception_handlers={HTTPException: told, ApiError: told, Exception: told},
     )
-    app.state.service = Service(worker, rules)
-    return Guard(app, rules)
+    app.state.service = service
+    return Guard(app, service.rules)

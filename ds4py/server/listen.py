@@ -21,7 +21,7 @@ from pathlib import Path
 import uvicorn
 
 from ds4py.errors import InputError, OptionsError
-from ds4py.server.app import Rules, make_app
+from ds4py.server.app import Rules, Service, make_app
 from ds4py.server.connection import Connection
 from ds4py.server.worker import Worker
 
@@ -138,8 +138,9 @@ def run(
     announce: Announce,
 ) -> None:
     """Serve until a signal comes. Raises what kept the model from being loaded."""
+    service = Service(worker, rules)
     config = uvicorn.Config(
-        make_app(worker, rules),
+        make_app(service),
         http=Connection,
         ws="none",
         lifespan="off",
@@ -152,7 +153,10 @@ def run(
         h11_max_incomplete_event_size=1 << 16,
         backlog=BACKLOG,
     )
-    asyncio.run(_serve(worker, _Server(config), listeners, grace_s, announce))
+    try:
+        asyncio.run(_serve(worker, _Server(config), listeners, grace_s, announce))
+    finally:
+        service.replays.close()
 
 
 async def _serve(

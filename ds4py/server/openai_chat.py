@@ -10,15 +10,9 @@ from pydantic import Field
 
 from ds4py.server import openai_parts as parts
 from ds4py.server.body import Body, Part
+from ds4py.server.conversation import Conversation
 from ds4py.server.errors import ApiError
-from ds4py.server.prompt import (
-    Conversation,
-    PromptWriter,
-    check_results,
-    check_stops,
-    check_tools,
-    effort_of,
-)
+from ds4py.server.prompt import PromptWriter, check_results, check_stops, check_tools, effort_of
 from ds4py.server.request import Chance, Event, Finished, Reading, Request
 from ds4py.server.respond import Answer, frame
 from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallStart

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ds4py.server.body import Part
+from ds4py.server.conversation import Choice, Format, Tool
 from ds4py.server.errors import ApiError
-from ds4py.server.prompt import Choice, Format, Tool
 from ds4py.server.request import Chance, Finished, Usage
 
 MAX_CHOICES = 8

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from ds4py import __version__
 from ds4py.engine.options import SamplingOptions
 from ds4py.errors import InputError
+from ds4py.server.conversation import Choice, Conversation, Tool
 from ds4py.server.errors import ApiError, Overflow
+from ds4py.server.grammar import Grammars
+from ds4py.server.replay import Replays
 from ds4py.server.request import Request
 from ds4py.text import chat
 from ds4py.text.tokenizer import Tokenizer
@@ -34,50 +37,6 @@ EFFORTS = {
     "ultra": (True, "max"),
 }
 """Names of efforts -> (thinking, effort of the chat encoding)."""
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A function the model may call."""
-
-    name: str
-    description: str | None
-    parameters: dict[str, Any]
-    strict: bool = False
-    """Arguments follow `parameters` without fail."""
-
-    def schema(self) -> dict[str, Any]:
-        """As the model reads it."""
-        described = {} if self.description is None else {"description": self.description}
-        return {"name": self.name, **described, "parameters": self.parameters}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Whether tools must be called: kind "auto", "none", "required", or "named" with a name."""
-
-    kind: str = "auto"
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Format:
-    """What the content must be: JSON of a schema, or any JSON object."""
-
-    schema: dict[str, Any] | None
-
-
-@dataclass
-class Conversation:
-    """What a model is asked for, in OpenAI's terms."""
-
-    messages: list[dict[str, Any]]
-    tools: list[Tool] = field(default_factory=list)
-    choice: Choice = Choice()
-    parallel: bool = True
-    format: Format | None = None
-    thinking: bool = True
-    effort: str | None = None
 
 
 def effort_of(name: str | None, thinking: bool, param: str) -> tuple[bool, str | None]:
@@ -173,16 +132,21 @@ def arranged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class PromptWriter:
     """Conversations -> requests, with the model's tokenizer and context."""
 
-    def __init__(self, tokenizer: Tokenizer, context: int, vocab_size: int, model: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: int, vocab_size: int, model: str, replays: Replays
+    ) -> None:
         self.tokenizer = tokenizer
+        self.replays = replays
         self.context = context
         self.vocab_size = vocab_size
         self.model = model
         self.fingerprint = f"ds4-{__version__}"
+        self._grammars = Grammars(tokenizer, vocab_size)
 
     def tokens(self, conversation: Conversation) -> list[int]:
         """The prompt's token ids. Raises ApiError."""
-        messages = arranged(conversation.messages)
+        replayed = [self.replays.apply(m, self.tokenizer) for m in conversation.messages]
+        messages = arranged(replayed)
         if not any(m["role"] != "system" for m in messages):
             raise ApiError("need at least one message of a user", param="messages")
         thinking = self.thinks(conversation)
@@ -215,13 +179,15 @@ class PromptWriter:
         """The request for one answer. Raises ApiError, Overflow."""
         prompt = self.tokens(conversation)
         self.check_length(prompt)
+        thinking = self.thinks(conversation)
         return Request(
             prompt=prompt,
             sampling=options(sampling),
             stop=stop,
-            thinking=self.thinks(conversation),
+            thinking=thinking,
             tools=bool(conversation.tools) and conversation.choice.kind != "none",
-            parallel=conversation.parallel,
+            parallel=conversation.parallel and conversation.choice.kind != "named",
+            constraint=self._grammars.constraint(conversation, thinking),
             new_id=new_id,
         )
 

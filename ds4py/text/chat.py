@@ -8,6 +8,9 @@ program stops with a Python error this one raises PromptError.
 Content is text. As in DeepSeek's encoder, a system, assistant, reminder or tool content of
 another type is written as Python's str() has it; users and developers must send text. Front ends
 turn lists of content parts into text first (`messages.flatten`).
+
+An assistant's message may carry `sampled`, {"tokens", "thinking"}: the ids the model wrote, to its
+end token, and whether it was reasoning; they then stand for the message wherever they can.
 """
 
 import re
@@ -110,7 +113,7 @@ class _Writer:
         """Plain text, joined to text before it."""
         if not text:
             return
-        if self.out and not self.out[-1].control:
+        if self.out and not (self.out[-1].control or self.out[-1].tokens):
             text = self.out.pop().text + text
         self.out.append(Segment(text))
 
@@ -166,7 +169,12 @@ class _Writer:
 
     def assistant(self, turn: dict[str, Any], index: int) -> None:
         after_task = index > 0 and self.turns[index - 1].get("task") is not None
-        if self.thinking and not after_task and (not self.drop or index > self.last_user):
+        reasons = self.thinking and not after_task and (not self.drop or index > self.last_user)
+        sampled = turn.get("sampled")
+        if sampled and sampled["thinking"] == reasons:
+            self.out.append(Segment("", tokens=tuple(sampled["tokens"])))
+            return
+        if reasons:
             self.text(str(turn.get("reasoning_content") or ""))
             self.control(END_THINK)
         self.text(str(turn.get("content") or ""))

@@ -35,10 +35,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 
 
 class Segment(NamedTuple):
-    """A stretch of prompt: plain text, or exactly one control token."""
+    """A stretch of prompt: plain text, exactly one control token, or what a model once wrote."""
 
     text: str
     control: bool = False
+    tokens: tuple[int, ...] = ()
+    """The ids of what a model wrote; its text is then empty."""
 
 
 def check(messages: Sequence[Message]) -> None:

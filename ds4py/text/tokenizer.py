@@ -46,8 +46,10 @@ class Tokenizer(ABC):
         """
         segments = [Segment(prompt)] if isinstance(prompt, str) else prompt
         ids: list[int] = []
-        for position, (text, control) in enumerate(segments):
-            if not control:
+        for position, (text, control, tokens) in enumerate(segments):
+            if tokens:
+                ids += tokens
+            elif not control:
                 ids += self._plain_ids(text, first=position == 0)
             elif text in self._controls:
                 ids.append(self._controls[text])

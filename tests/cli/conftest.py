@@ -31,7 +31,7 @@ class ByteTokenizer:
         if isinstance(prompt, str):
             return list(prompt.encode())
         ids: list[int] = []
-        for text, control in prompt:
+        for text, control, _ in prompt:
             if control:
                 ids.append(self.control.setdefault(text, 256 + len(self.control)))
             else:

@@ -273,3 +273,19 @@ def test_segments_are_the_prompt_cut_at_control_tokens(case: dict[str, Any]) -> 
     texts = [s for s in segments if not s.control]
     assert all(s.text for s in texts)
     assert all(a.control or b.control for a, b in itertools.pairwise(segments))
+
+
+def test_what_a_model_wrote_stands_for_its_message_where_it_fits() -> None:
+    calls = [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]
+    wrote = {"tokens": [7, 8, 9], "thinking": True}
+    answer = {"role": "assistant", "content": "", "tool_calls": calls, "sampled": wrote}
+    tools = {"role": "system", "content": "s", "tools": [{"function": {"name": "f"}}]}
+    turns = [{"role": "user", "content": "a"}, answer, {"role": "user", "content": "b"}]
+
+    def found(messages: list[Any], **settings: Any) -> list[tuple[int, ...]]:
+        return [s.tokens for s in chat.segments(messages, **settings) if s.tokens]
+
+    assert found([tools, *turns]) == [(7, 8, 9)]
+    assert found([tools, *turns], thinking=False) == []  # it did not reason there
+    assert found(turns) == []  # without tools, old reasoning is dropped
+    assert found(turns, drop_thinking=False) == [(7, 8, 9)]

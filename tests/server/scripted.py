@@ -24,10 +24,11 @@ from ds4py.server.app import Rules
 from ds4py.server.worker import Worker
 from ds4py.text import tokenizer as tokenizers
 from ds4py.text.detokenizer import Detokenizer
-from ds4py.text.messages import CONTROL_TOKENS, EOS, Segment
+from ds4py.text.messages import BOS, CONTROL_TOKENS, EOS, Segment
 from ds4py.text.spelling import common_prefix
 from tests.server.clients import Clients
 
+BOS_SEGMENT = Segment(BOS, control=True)
 _CONTROL = re.compile("(" + "|".join(map(re.escape, CONTROL_TOKENS)) + ")")
 
 
@@ -44,6 +45,8 @@ class Script:
     answers: list[str]
     ends: bool = True
     """Whether an end token follows; otherwise the text comes again and again."""
+    by_character: bool = False
+    """Whether every character is a token of its own, as no tokenizer would have it."""
     before_token: Callable[[int], None] = lambda position: None
     before_slice: Callable[[int], None] = lambda position: None
     prompts: list[list[int]] = field(default_factory=list)
@@ -51,6 +54,14 @@ class Script:
     n_open: int = 0
     """Answers being written now."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def spell(self, tokenizer: Any, text: str) -> list[int]:
+        """The ids of an answer."""
+        if not self.by_character:
+            return list(tokenizer.encode(segments(text)))
+        pieces = [[s] if s.control else [Segment(c) for c in s.text] for s in segments(text)]
+        parts = [part for several in pieces for part in several]
+        return [token for part in parts for token in tokenizer.encode([BOS_SEGMENT, part])[1:]]
 
     def next(self) -> str:
         with self.lock:
@@ -88,7 +99,7 @@ class ScriptedSession:
         script.n_open += 1
         try:
             text = script.next()
-            ids = tokenizer.encode(segments(text + (EOS if script.ends else "")))
+            ids = script.spell(tokenizer, text + (EOS if script.ends else ""))
             detokenizer = Detokenizer(tokenizer)
             limit = self.engine.context - self.position
             n_tokens = min(options.max_tokens or limit, limit)
