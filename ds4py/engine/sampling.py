@@ -1,7 +1,7 @@
 """Choosing a token from logits, on the device, without waiting for it.
 
-Noise depends on (seed, position) only, so the same seed gives the same tokens however the steps
-were batched, and a verified draft can be compared with the token that would have been drawn.
+Noise depends on (seed, position, token id) only, so the same seed gives the same tokens however the
+steps were batched, and a verified draft can be compared with the token that would have been drawn.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from ds4py.engine.options import SamplingOptions
 from ds4py.errors import OptionsError
+from ds4py.kernels import sample
+from ds4py.kernels.build import Launcher
 
 Logprobs = tuple[float, tuple[tuple[int, float], ...]]
 """(log-probability of the token, (id, log-probability) of the likeliest, likeliest first)."""
 
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-"""Odd constant of the splitmix64 generator: spreads neighbouring positions over all keys."""
+ANY = mx.array([-np.inf], mx.float32)
+"""No logit is too small to be drawn."""
 
 
 class Constraint(Protocol):
@@ -48,65 +50,64 @@ class Sampler:
         prompt: Sequence[int],
         vocab_size: int,
         constraint: Constraint | None = None,
+        launcher: Launcher | None = None,
     ):
-        self.options = options
+        """launcher: draws with the Metal kernel; None: with MLX's operations, the same tokens."""
+        self.options, self._launcher = options, launcher
         self._constraint = constraint
         self._last: mx.array | None = None  # the token the constraint was not told of yet
         self._bias = _bias(options, vocab_size) if options.logit_bias else None
         self.seed = secrets.randbits(62) if options.seed is None else options.seed
-        self._penalised = (
-            options.repetition_penalty != 1 or options.presence_penalty or options.frequency_penalty
-        )
-        if self._penalised:
-            in_prompt = np.zeros(vocab_size, bool)
-            in_prompt[list(prompt)] = True
-            self._in_prompt = mx.array(in_prompt)
-            self._counts = mx.zeros(vocab_size)
+        o = options
+        log_min_p = float(np.log(o.min_p)) if o.min_p > 0 else -np.inf
+        penalties = (o.repetition_penalty, o.presence_penalty, o.frequency_penalty)
+        self._settings = mx.array([[o.temperature, log_min_p, *penalties]])
+        self._in_prompt = self._counts = None
+        if penalties != (1, 0, 0):
+            in_prompt = np.zeros((1, vocab_size), bool)
+            in_prompt[0, list(prompt)] = True
+            self._in_prompt, self._counts = mx.array(in_prompt), mx.zeros((1, vocab_size))
 
     def __call__(self, logits: mx.array, position: int) -> mx.array:
         """float32 logits [V] after `position` tokens -> the next token's id, a lazy scalar."""
-        if self._penalised:
-            logits = self._penalise(logits)
-        if self._bias is not None:
-            logits = logits + self._bias
-        if self._constraint is not None:
-            logits = self._constrain(logits, self._constraint)
-        if self.options.temperature == 0:
-            token = mx.argmax(logits)
+        logits, o, seen = logits[None], self.options, (self._in_prompt, self._counts)
+        bias = self._bias if self._constraint is None else self._constrain(self._constraint)
+        lowest = ANY
+        if o.temperature and (o.top_k or o.top_p < 1):
+            scaled = sample.adjusted(logits, self._settings, *seen, bias) / o.temperature
+            lowest = least(scaled[0], o)[None]
+        key = mx.array(sample.noise_key(self.seed, position)[None])
+        given = (logits, self._settings, key, lowest, *seen, bias, o.temperature == 0)
+        if self._launcher is None:
+            token = sample.token_ref(*given)
         else:
-            scaled = restrict(logits / self.options.temperature, self.options)
-            key = mx.random.key((self.seed + position * GOLDEN_GAMMA) % 2**64)
-            token = mx.random.categorical(scaled, key=key)
-        if self._penalised:
-            self._counts = self._counts.at[token].add(1)
-        self._last = token
-        return token
+            token = sample.token(self._launcher, *given)
+        if self._counts is not None:
+            self._counts = self._counts.at[0, token].add(1)
+        self._last = token[0]
+        return self._last
 
-    def _constrain(self, logits: mx.array, constraint: Constraint) -> mx.array:
-        """Logits with what the constraint forbids at -inf. Waits for the token before this one."""
+    def _constrain(self, constraint: Constraint) -> mx.array | None:
+        """The bias, with what the constraint forbids at -inf. Waits for the token before this
+        one."""
         if self._last is not None:
             constraint.accept(cast(int, self._last.item()))
         allowed = constraint.allowed()
-        return logits if allowed is None else mx.where(mx.array(allowed), logits, -mx.inf)
-
-    def _penalise(self, logits: mx.array) -> mx.array:
-        o = self.options
-        seen = mx.logical_or(self._in_prompt, self._counts > 0)
-        r = o.repetition_penalty
-        shrunk = mx.where(logits > 0, logits / r, logits * r)
-        logits = mx.where(seen, shrunk, logits)
-        present = (self._counts > 0).astype(mx.float32)
-        return logits - o.presence_penalty * present - o.frequency_penalty * self._counts
+        if allowed is None:
+            return self._bias
+        forbidden = mx.array(np.where(allowed, 0, -np.inf).astype(np.float32)[None])
+        return forbidden if self._bias is None else self._bias + forbidden
 
 
 def _bias(options: SamplingOptions, vocab_size: int) -> mx.array:
-    bias = np.zeros(vocab_size, np.float32)
+    """[1, V]"""
+    bias = np.zeros((1, vocab_size), np.float32)
     for token, value in options.logit_bias:
         if token >= vocab_size:
             raise OptionsError(
                 f"logit_bias names token {token}; need an id below the vocabulary's {vocab_size}"
             )
-        bias[token] = value
+        bias[0, token] = value
     return mx.array(bias)
 
 
@@ -117,21 +118,16 @@ def logprobs(logits: mx.array, token: int, n: int) -> Logprobs:
     return float(values[token]), tuple((int(i), float(values[i])) for i in likeliest)
 
 
-def restrict(logits: mx.array, options: SamplingOptions) -> mx.array:
-    """Logits [V] with everything outside top-k, top-p and min-p at -inf, in that order.
+def least(logits: mx.array, options: SamplingOptions) -> mx.array:
+    """The smallest of logits [V] inside top-k and, of what that leaves, top-p: a scalar.
 
     The most likely token always stays. Ties at a boundary stay together.
     """
-    if 0 < options.top_k < logits.shape[0]:
-        kth = mx.sort(logits)[-options.top_k]
-        logits = mx.where(logits < kth, -mx.inf, logits)
+    ordered = mx.sort(logits)[::-1]
+    k = min(options.top_k or logits.shape[0], logits.shape[0])
+    lowest = ordered[k - 1]
     if options.top_p < 1:
-        ordered = mx.sort(logits)[::-1]
-        p = mx.softmax(ordered, precise=True)
+        p = mx.softmax(mx.where(ordered < lowest, -mx.inf, ordered), precise=True)
         kept = mx.cumsum(p) - p < options.top_p  # what comes before is short of top_p
-        lowest = mx.min(mx.where(kept, ordered, mx.inf))
-        logits = mx.where(logits < lowest, -mx.inf, logits)
-    if options.min_p > 0:
-        floor = mx.max(logits) + float(np.log(options.min_p))
-        logits = mx.where(logits < floor, -mx.inf, logits)
-    return logits
+        lowest = mx.maximum(lowest, mx.min(mx.where(kept, ordered, mx.inf)))
+    return lowest

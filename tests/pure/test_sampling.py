@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds4py import SamplingOptions
-from ds4py.engine.sampling import Sampler, logprobs, restrict
+from ds4py.engine.sampling import Sampler, least, logprobs
 from ds4py.errors import OptionsError
+from ds4py.kernels import sample
 
 V = 12
 logit_lists = st.lists(
@@ -40,18 +41,26 @@ def allowed(logits: Any, options: SamplingOptions) -> set[int]:
 def test_restriction(values: list[float], top_k: int, top_p: float, min_p: float) -> None:
     logits = np.array(values, np.float32)
     options = SamplingOptions(top_k=top_k, top_p=top_p, min_p=min_p)
-    out = np.array(restrict(mx.array(logits), options))
-    found = {int(t) for t in np.flatnonzero(np.isfinite(out))}
+    found = kept(logits, options)
     wide = allowed(logits.astype(np.float64), options)
     borderline = abs(len(found) - len(wide)) <= 1 and top_p < 1  # a float32 sum at the boundary
     assert found == wide or (borderline and (found < wide or wide < found))
     assert int(logits.argmax()) in found
-    np.testing.assert_array_equal(out[sorted(found)], logits[sorted(found)])
+    options = SamplingOptions(top_k=top_k, top_p=top_p, min_p=min_p, seed=2)
+    assert set(draw(logits, options, 20).tolist()) <= found
+
+
+def kept(logits: Any, options: SamplingOptions) -> set[int]:
+    limit = float(least(mx.array(logits), options))
+    if options.min_p:
+        limit = max(limit, float(logits.max() + np.float32(np.log(options.min_p))))
+    return {int(t) for t in np.flatnonzero(logits >= limit)}
 
 
 def test_ties_at_a_boundary_stay_together() -> None:
-    out = np.array(restrict(mx.zeros(6), SamplingOptions(top_k=2, min_p=1.0)))
-    assert np.isfinite(out).all()
+    options = SamplingOptions(top_k=2, top_p=0.5, min_p=1.0, seed=1)
+    assert kept(np.zeros(6, np.float32), options) == set(range(6))
+    assert set(draw(np.zeros(6, np.float32), options, 60).tolist()) == set(range(6))
 
 
 def draw(logits: Any, options: SamplingOptions, n: int) -> Any:
@@ -63,10 +72,15 @@ def draw(logits: Any, options: SamplingOptions, n: int) -> Any:
 def test_frequencies_follow_the_softmax() -> None:
     logits = np.linspace(-2, 1, V).astype(np.float32)
     n, t = 6000, 0.7
+    keys = mx.array(np.stack([sample.noise_key(11, position) for position in range(n)]))
+    settings = mx.array([[t, -np.inf, 1, 0, 0]] * n)
+    rows = mx.broadcast_to(mx.array(logits), (n, V))
+    tokens = np.array(sample.token_ref(rows, settings, keys, mx.full(n, -mx.inf)))
     options = SamplingOptions(seed=11, temperature=t, min_p=0)
-    counts = np.bincount(draw(logits, options, n), minlength=V)
+    assert tokens[:40].tolist() == draw(logits, options, 40).tolist()
     p = np.exp(logits.astype(np.float64) / t)
     expected = n * p / p.sum()
+    counts = np.bincount(tokens, minlength=V)
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < 31.3  # 0.1 % point of 11 degrees of freedom
 
@@ -100,7 +114,8 @@ def test_penalties(options: dict[str, float], expected: list[float]) -> None:
     sampler = Sampler(SamplingOptions(temperature=0, **options), [0], 4)  # type: ignore[arg-type]
     forced = mx.array([-9.0, 9.0, -9.0, -9.0])
     assert [int(sampler(forced * 9, p)) for p in range(2)] == [1, 1]
-    np.testing.assert_allclose(np.array(sampler._penalise(logits)), expected)
+    seen = sampler._settings, sampler._in_prompt, sampler._counts
+    np.testing.assert_allclose(np.array(sample.adjusted(logits[None], *seen, None))[0], expected)
 
 
 def test_a_bias_moves_logits_and_forbids() -> None:
