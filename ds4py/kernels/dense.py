@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 
@@ -16,8 +16,9 @@ from ds4py.kernels.ops import Array, Dtype, Ops
 
 MAX_MATRICES = 8
 """Of one launch."""
-
-
+MATMUL_ROWS, MATMUL_COLUMNS, MATMUL_THREADS = 32, 64, 128
+"""A tile of a matrix product: positions (or twice as many), outputs, and who computes it."""
+ADD_THREADS = 256
 EXPAND_TILE = 32
 """Channels of a threadgroup that adds to the streams: one line of a row of fn."""
 
@@ -52,6 +53,53 @@ def scalar(value: float) -> mx.array:
     return mx.array([value], mx.float32)
 
 
+@lru_cache(64)
+def count(value: int) -> mx.array:
+    """A number of positions, which kernels for prompts take as an argument: one int32 element."""
+    return mx.array([value], mx.int32)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The matrices of a launch, and what of x they take."""
+
+    matrices: Sequence[PackedMatrix]
+    groups: int
+    offset: int
+
+    @property
+    def n_in(self) -> int:
+        return self.matrices[0].n_in
+
+    @property
+    def outs(self) -> list[int]:
+        """Rows of each matrix that one group takes."""
+        return [m.rows.shape[0] // self.groups for m in self.matrices]
+
+    @property
+    def arrays(self) -> list[Array]:
+        """Eight of them: the first stands where there is none."""
+        unused = MAX_MATRICES - len(self.matrices)
+        return [m.rows for m in self.matrices] + [self.matrices[0].rows] * unused
+
+    def template(self, x: Array, dtype: Dtype, norm: Array | None, result: Dtype) -> Template:
+        assert len(self.matrices) <= MAX_MATRICES and all(
+            m.n_in == self.n_in for m in self.matrices
+        )
+        assert self.groups == 1 or len(self.matrices) == 1
+        assert x.ndim == 2 and self.offset + self.groups * self.n_in <= x.shape[1]
+        assert self.offset % 4 == 0 and x.shape[1] % 4 == 0, "activations are read four at a time"
+        unused = MAX_MATRICES - len(self.matrices)
+        codes = [m.code for m in self.matrices] + [self.matrices[0].code] * unused
+        return (
+            *(("T", dtype), ("TX", x.dtype), ("TN", x.dtype if norm is None else norm.dtype)),
+            *(("TY", result), ("K", self.n_in), ("GROUPS", self.groups)),
+            *(("NORM", norm is not None), ("XOFF", self.offset), ("XSTRIDE", x.shape[1])),
+            *((f"F{i}", code) for i, code in enumerate(codes)),
+            *((f"N{i}", n) for i, n in enumerate(self.outs + [0] * unused)),
+        )
+
+
 def project(
     launcher: Launcher,
     x: Array,
@@ -61,39 +109,59 @@ def project(
     eps: float = 0.0,
     groups: int = 1,
     offset: int = 0,
+    result: Dtype = mx.float32,
 ) -> Array:
-    """x [S, stride] through up to eight matrices -> float32 [S, sum of out], side by side.
+    """x [S, stride] through up to eight matrices -> [S, sum of out] of type `result`, side by side.
 
     S <= 8. The input is columns offset.. of x, rounded to `dtype`; norm [in]: rms-normed first.
     groups > 1: one matrix [groups*out, in]; columns g*in.. of x go through rows g*out.., so the
     result is [S, groups*out]. A row's result does not depend on S.
     """
-    s, n_in = x.shape[0], matrices[0].n_in
-    assert s <= matvec.MAX_ROWS and len(matrices) <= MAX_MATRICES
-    assert all(m.n_in == n_in for m in matrices) and (groups == 1 or len(matrices) == 1)
-    assert x.ndim == 2 and offset + groups * n_in <= x.shape[1]
-    assert offset % 4 == 0 and x.shape[1] % 4 == 0, "activations are read four at a time"
-    outs = [m.rows.shape[0] // groups for m in matrices]
-    plan = matvec.tiling(s, n_in, dtype, groups * sum(outs), floats=s)
-    unused = MAX_MATRICES - len(matrices)
-    codes = [m.code for m in matrices] + [matrices[0].code] * unused
-    template = [
-        *(("T", dtype), ("TX", x.dtype), ("TN", x.dtype if norm is None else norm.dtype)),
-        *(("S", s), ("K", n_in), ("GROUPS", groups), ("NORM", norm is not None)),
-        *(("XOFF", offset), ("XSTRIDE", x.shape[1])),
-        *(("KC", plan.staged(s, n_in, dtype)), *plan.template),
-        *((f"F{i}", code) for i, code in enumerate(codes)),
-        *((f"N{i}", n) for i, n in enumerate(outs + [0] * unused)),
-    ]
-    rows = [m.rows for m in matrices] + [matrices[0].rows] * unused
-    tiles = groups * sum(plan.tiles(n) for n in outs)
+    s, parts = x.shape[0], _Parts(matrices, groups, offset)
+    assert s <= matvec.MAX_ROWS
+    n_out = groups * sum(parts.outs)
+    plan = matvec.tiling(s, parts.n_in, dtype, n_out, floats=s)
+    staged = plan.staged(s, parts.n_in, dtype)
+    template = (*parts.template(x, dtype, norm, result), ("S", s), ("KC", staged), *plan.template)
+    tiles = groups * sum(plan.tiles(n) for n in parts.outs)
     (y,) = launcher.launch(
         "dense_project",
-        [x, x if norm is None else norm, scalar(eps), *rows],
+        [x, x if norm is None else norm, scalar(eps), *parts.arrays],
         template,
         (tiles * plan.threads, 1, 1),
         (plan.threads, 1, 1),
-        [((s, groups * sum(outs)), mx.float32)],
+        [((s, n_out), result)],
+    )
+    return y
+
+
+def matmul(
+    launcher: Launcher,
+    x: Array,
+    matrices: Sequence[PackedMatrix],
+    dtype: Dtype,
+    norm: Array | None = None,
+    eps: float = 0.0,
+    groups: int = 1,
+    offset: int = 0,
+    result: Dtype = mx.float32,
+) -> Array:
+    """`project` for any S: for prompts, where its matrix instructions pay.
+
+    Sums are taken in another order than `project`'s, so results differ from its as float32 sums
+    do; they too do not depend on S.
+    """
+    s, parts = x.shape[0], _Parts(matrices, groups, offset)
+    assert all(m.rows.size % 4 == 0 for m in matrices), "weights are read four bytes at a time"
+    rows = MATMUL_ROWS if s <= MATMUL_ROWS else 2 * MATMUL_ROWS
+    tiles = groups * sum(-(-n // MATMUL_COLUMNS) for n in parts.outs)
+    (y,) = launcher.launch(
+        "dense_matmul",
+        [x, x if norm is None else norm, scalar(eps), count(s), *parts.arrays],
+        (*parts.template(x, dtype, norm, result), ("BM", rows)),
+        (MATMUL_THREADS * -(-s // rows), tiles, 1),
+        (MATMUL_THREADS, 1, 1),
+        [((s, groups * sum(parts.outs)), result)],
     )
     return y
 
@@ -108,7 +176,7 @@ def project_ref(
     groups: int = 1,
     offset: int = 0,
 ) -> Array:
-    """What `project` computes."""
+    """What `project` and `matmul` compute."""
     s, n_in = x.shape[0], matrices[0].n_in
     x = x[:, offset : offset + groups * n_in].astype(ops.wide)
     if norm is not None:
@@ -146,6 +214,27 @@ def expand(
         (plan.tiles(d) * plan.threads, 1, 1),
         (plan.threads, 1, 1),
         residual.outputs(plan.tile),
+    )
+    return streams, partials
+
+
+def add(launcher: Launcher, terms: Array, residual: Residual) -> tuple[Array, Array]:
+    """Float32 terms [S, n, D], summed in order, into the streams: what `expand` returns.
+
+    Any S; the end of a sublayer for prompts. A row's result does not depend on S.
+    """
+    s, n_terms, d = terms.shape
+    tiles = -(-d // EXPAND_TILE)
+    streams, partials = launcher.launch(
+        "dense_add",
+        [terms, residual.streams, residual.gates, residual.fn, count(s)],
+        (
+            *(("T", residual.streams.dtype), ("TERMS", n_terms), ("TILE", EXPAND_TILE)),
+            *(("NSG", ADD_THREADS // 32), *residual.template),
+        ),
+        (ADD_THREADS * tiles, -(-s // matvec.MAX_ROWS), 1),
+        (ADD_THREADS, 1, 1),
+        residual.outputs(EXPAND_TILE),
     )
     return streams, partials
 

@@ -18,7 +18,7 @@ UNIT = 256
 """Values that a simdgroup takes at a time, eight a lane."""
 FEW_GROUPS = 128
 """Threadgroups below which cores of the largest GPUs (80) would idle."""
-MAX_TILE_ROWS = 16
+MAX_TILE_ROWS = 32
 """Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
 THREADGROUP_BYTES, STAGE_BYTES, POINTS_BYTES = 32768, 2432, 2048
 """Threadgroup memory: all, the stage of a simdgroup, IQ2_XXS's points and small tables."""
@@ -66,7 +66,7 @@ def tiling(
     """For `n_rows` weight rows over all matrices, `floats` kept for each row of a tile.
 
     Eight simdgroups where their weights fit beside one or two whole rows of activations, else
-    four. A simdgroup gets up to 16 weight rows, so that activations are staged rarely, but never
+    four. A simdgroup gets up to 32 weight rows, so that activations are staged rarely, but never
     so many that few threadgroups are left. tile: so many per threadgroup instead.
     """
     for simdgroups in (8, 4):

@@ -1,6 +1,7 @@
 """The experts' feed-forward: clamped SwiGLU, routed experts summed in ascending expert id.
 
-`gate_up` and `down` are the two launches of a step of decoding; `routed` is the same over arrays.
+`gate_up` and `down` are the two launches of a step of decoding, `group`, `matmul_gate_up` and
+`matmul_down` those of a prompt; `routed` is the same over arrays.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 from ds4py.kernels import dense, matvec
@@ -17,6 +19,8 @@ from ds4py.kernels.formats import CODES, ExpertRecords, PackedMatrix
 from ds4py.kernels.matvec import Tiling
 from ds4py.kernels.ops import Array, Dtype, Ops, PackedWeight, Weight
 
+GROUP_ROWS, GROUP_THREADS = 32, 256
+"""Positions of one expert in a tile of a matrix product; threads that sort."""
 Observer = Callable[[Array, Array, Array], None]
 """Sees expert ids [R], their inputs [R, D] and the inputs of their down maps [R, I]."""
 
@@ -190,6 +194,136 @@ def down(
     return streams, partials
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """A prompt's (position, choice) pairs sorted by expert, cut into tiles for `matmul_*`."""
+
+    ids: Array
+    """int32 [S, k]"""
+    n_experts: int
+    order: Array
+    """int32 [S*k]: the numbers of the pairs, sorted by expert, each expert's in their own order."""
+    tiles: Array
+    """int32 [most tiles, 3]: expert, first place in `order`, number of pairs; 0 pairs: unused."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles there may be, the shared expert's with them, and positions."""
+        s = self.ids.shape[0]
+        return self.tiles.shape[0] + -(-s // GROUP_ROWS), s
+
+
+def group(launcher: Launcher, ids: Array, n_experts: int) -> Grouping:
+    """ids int32 [S, k], each below n_experts. The device does it: the host never sees the ids."""
+    s, k = ids.shape
+    most = -(-s * k // GROUP_ROWS) + n_experts
+    threads = min(GROUP_THREADS, -(-n_experts // 32) * 32)
+    order, tiles = launcher.launch(
+        "moe_group",
+        [ids, dense.count(s)],
+        [("KTOP", k), ("E", n_experts), ("BM", GROUP_ROWS), ("THREADS", threads)],
+        (threads, 1, 1),
+        (threads, 1, 1),
+        [((s * k,), mx.int32), ((most, 3), mx.int32)],
+    )
+    return Grouping(ids, n_experts, order, tiles)
+
+
+def group_ref(ids: Array, n_experts: int) -> tuple[Array, Array]:
+    """`order` and `tiles` of `group`, on the host."""
+    flat = np.array(ids).reshape(-1)
+    order = np.argsort(flat, kind="stable").astype(np.int32)
+    counts, tiles, first = np.bincount(flat, minlength=n_experts), [], 0
+    for expert, n in enumerate(counts.tolist()):
+        tiles += [(expert, first + i, min(GROUP_ROWS, n - i)) for i in range(0, n, GROUP_ROWS)]
+        first += n
+    most = -(-len(flat) // GROUP_ROWS) + n_experts
+    return order, np.array(tiles + [(0, 0, 0)] * (most - len(tiles)), np.int32)
+
+
+def matmul_gate_up(
+    launcher: Launcher,
+    x: Array,
+    experts: ExpertRecords,
+    grouping: Grouping,
+    slots: Array,
+    weights: Array,
+    shared: tuple[PackedMatrix, PackedMatrix],
+    limit: float,
+) -> Array:
+    """`gate_up` for any S, an expert's positions together; slots [S, k] belong to the ids.
+
+    Sums are taken in another order than `gate_up`'s; they too do not depend on S.
+    """
+    (s, n_in), k, n_inner = x.shape, slots.shape[1], experts.n_inner
+    assert experts.n_in == n_in and grouping.ids.shape == slots.shape == (s, k)
+    assert all(m.n_in == n_in and m.rows.shape[0] == n_inner for m in shared)
+    assert shared[0].format == shared[1].format
+    template = [
+        *(("D", n_in), ("I", n_inner), ("GATE", experts.starts[0]), ("UP", experts.starts[1])),
+        *_matmul_template(experts, 0, shared[0], grouping, x.dtype),
+    ]
+    (h,) = launcher.launch(
+        "moe_matmul_gate_up",
+        [
+            *(x, experts.records, slots, weights, grouping.order, grouping.tiles),
+            *(shared[0].rows, shared[1].rows, dense.scalar(limit), dense.count(s)),
+        ],
+        template,
+        _matmul_grid(2 * n_inner, grouping),
+        (dense.MATMUL_THREADS, 1, 1),
+        [((s, k + 1, n_inner), x.dtype)],
+    )
+    return h
+
+
+def matmul_down(
+    launcher: Launcher,
+    h: Array,
+    experts: ExpertRecords,
+    grouping: Grouping,
+    slots: Array,
+    shared: PackedMatrix,
+) -> Array:
+    """h [S, k + 1, I] through the down maps: float32 [S, k + 1, D], for `dense.add` to sum."""
+    (s, places, n_inner), d = h.shape, shared.rows.shape[0]
+    assert grouping.ids.shape == slots.shape == (s, places - 1)
+    assert experts.n_inner == n_inner == shared.n_in and d == experts.n_in
+    template = [
+        *(("D", d), ("I", n_inner), ("DOWN", experts.starts[2])),
+        *_matmul_template(experts, 1, shared, grouping, h.dtype),
+    ]
+    (terms,) = launcher.launch(
+        "moe_matmul_down",
+        [
+            *(h, experts.records, slots, grouping.order, grouping.tiles),
+            *(shared.rows, dense.count(s)),
+        ],
+        template,
+        _matmul_grid(d, grouping),
+        (dense.MATMUL_THREADS, 1, 1),
+        [((s, places, d), mx.float32)],
+    )
+    return terms
+
+
+def _matmul_template(
+    experts: ExpertRecords, which: int, shared: PackedMatrix, grouping: Grouping, dtype: Dtype
+) -> Template:
+    """What both products are compiled for."""
+    assert experts.records.shape[1] % 4 == shared.rows.size % 4 == 0
+    return (
+        *(("T", dtype), ("KTOP", grouping.ids.shape[1]), ("E", grouping.n_experts)),
+        *(("FE", CODES[experts.formats[which]]), ("FS", shared.code)),
+        *(("RECORD", experts.records.shape[1]), ("BM", GROUP_ROWS)),
+    )
+
+
+def _matmul_grid(n_rows: int, grouping: Grouping) -> tuple[int, int, int]:
+    """Threads for `n_rows` weight rows of every tile."""
+    return (dense.MATMUL_THREADS * -(-n_rows // dense.MATMUL_COLUMNS), grouping.grid[0], 1)
+
+
 def gate_up_ref(
     ops: Ops,
     x: Array,
@@ -199,7 +333,7 @@ def gate_up_ref(
     shared: tuple[PackedMatrix, PackedMatrix],
     limit: float,
 ) -> Array:
-    """What `gate_up` computes, expert by expert: slots are read on the host."""
+    """What `gate_up` and `matmul_gate_up` compute, expert by expert: slots are read on the host."""
     rows = []
     for s, chosen in enumerate(np.array(slots)):
         places = [experts.matrices(slot)[:2] for slot in chosen.tolist()]
@@ -221,9 +355,17 @@ def down_ref(
     residual: Residual,
 ) -> tuple[Array, Array]:
     """What `down` computes, expert by expert: slots are read on the host."""
+    terms = matmul_down_ref(ops, h, experts, slots, shared)
+    return dense.add_ref(ops, terms.sum(1), residual)
+
+
+def matmul_down_ref(
+    ops: Ops, h: Array, experts: ExpertRecords, slots: Array, shared: PackedMatrix
+) -> Array:
+    """What `matmul_down` computes, expert by expert: slots are read on the host."""
     rows = []
     for s, chosen in enumerate(np.array(slots)):
         maps = [*(experts.matrices(slot)[2] for slot in chosen.tolist()), shared]
         row = [dense.project_ref(ops, h[s, j : j + 1], [m], h.dtype) for j, m in enumerate(maps)]
-        rows.append(sum(row[1:], row[0]))
-    return dense.add_ref(ops, ops.concatenate(rows), residual)
+        rows.append(ops.concatenate(row))
+    return ops.stack(rows)

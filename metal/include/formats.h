@@ -20,6 +20,8 @@ enum {
   FORMAT_FP8 = 128
 };
 
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
 constexpr int block_values(int format) {
   return format == FORMAT_Q8_0 || format == FORMAT_MXFP4 ? 32
       : format == FORMAT_Q2_K || format == FORMAT_Q4_K || format == FORMAT_Q6_K ||

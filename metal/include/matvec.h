@@ -24,15 +24,15 @@ constexpr int burst_bytes(int format) { return format == FORMAT_FP8 ? 2048 : 230
 // Words of threadgroup memory per simdgroup: a burst, its alignment, FP8's scales.
 enum { STAGE_WORDS = 608 };
 
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
-// Rows read together. With one activation row, as many as a burst holds whole. With several, four,
-// so that activations, read again for each octet of a row, are not read more often than weights.
+// Rows read together: as many as a burst holds whole. Activations are read again for each octet of a
+// row, so with more than two activation rows an octet of them must serve two weight rows, with more
+// than four four, or threadgroup memory would be busier than the memory behind it.
 constexpr int rows_together(int format, int k, int n_x, int rows) {
-  return smaller(rows, n_x > 1 ? smaller(4, burst_bytes(format) / value_bytes(format, smaller(k, 256)))
-                          : 4 * row_bytes(format, k) <= burst_bytes(format) ? 4
-                          : 2 * row_bytes(format, k) <= burst_bytes(format) ? 2
-                                                                             : 1);
+  return smaller(rows, 4 * row_bytes(format, k) <= burst_bytes(format) ||
+                         (n_x > 4 && 4 * value_bytes(format, 256) <= burst_bytes(format))
+                     ? 4
+                     : n_x > 2 || 2 * row_bytes(format, k) <= burst_bytes(format) ? 2
+                                                                                  : 1);
 }
 
 // Values of a row read together: all k, or whole units that fit a burst.

@@ -215,3 +215,79 @@ def test_a_wrong_expansion_is_noticed(right: str, wrong: str) -> None:
         lambda shaders: compare(dense.expand(shaders, mx.array(x), matrix, after), want, FLOAT32),
         {"dense_expand": (right, wrong)},
     )
+
+
+PROMPTS = {
+    "one position": Projection(1, 64, (("Q8_0", 4),)),
+    "blocks": Projection(40, 512, (("Q8_0", 66), ("Q6_K", 2), ("IQ2_XXS", 4))),
+    "not whole units": Projection(70, 160, (("F32", 6), ("MXFP4", 16), ("FP8", 8))),
+    "norm": Projection(33, 128, (("Q8_0", 20),), norm=True, offset=64),
+    "groups": Projection(9, 256, (("FP8", 68),), groups=2),
+}
+
+
+def run_matmul(case: Projection, x: Any, shaders: Launcher) -> list[Any]:
+    return [dense.matmul(shaders, mx.array(x), *case.arguments(mx.array))]
+
+
+@pytest.mark.parametrize("case", PROMPTS.values(), ids=PROMPTS)
+def test_matrix_product(case: Projection) -> None:
+    x = case.inputs()
+    near(lambda shaders: run_matmul(case, x, shaders), [case.reference(x)], FLOAT32)
+
+
+def test_a_position_does_not_depend_on_the_prompt() -> None:
+    """Nor, but for the order of float32 sums, on whether it came with a prompt or alone."""
+    shaders, x = launcher(), normal(70, 512)
+    weights = matrices((("Q8_0", 36), ("Q4_K", 4)), 512)
+    whole = dense.matmul(shaders, mx.array(x), weights, mx.float32)
+    for first, last in ((0, 1), (30, 50), (69, 70)):
+        part = dense.matmul(shaders, mx.array(x[first:last]), weights, mx.float32)
+        compare([part], [whole[first:last]], 0)
+    alone = dense.project(shaders, mx.array(x[:8]), weights, mx.float32)
+    compare([alone], [whole[:8]], FLOAT32)
+
+
+@pytest.mark.parametrize(("s", "n_terms", "d"), [(9, 1, 256), (17, 3, 80), (1, 7, 32)])
+def test_add(s: int, n_terms: int, d: int) -> None:
+    terms, after = normal(s, n_terms, d, seed=1), residual(s, d, 4, 24)
+    want = dense.add_ref(EXACT, terms.astype(np.float64).sum(1), residual(s, d, 4, 24, np.array))
+    near(lambda shaders: dense.add(shaders, mx.array(terms), after), want, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("norm", "sums[i][j], a, b[j], sums[i][j]", "sums[i][j], a, b[0], sums[i][j]"),
+        ("norm", "k % 256) / 8", "k0 % 256) / 8"),
+        ("groups", "k / 256 * value_bytes(F, 256)", "k / 128 * value_bytes(F, 256)"),
+        ("norm", "if (row < n_x && k < K) v", "v"),
+        ("norm", "threadgroup_barrier(mem_flags::mem_threadgroup);\n    MLX_MTL", "MLX_MTL"),
+        ("not whole units", "position + r) * RESULT", "r) * RESULT"),
+    ],
+)
+def test_a_wrong_matrix_product_is_noticed(name: str, right: str, wrong: str) -> None:
+    case = PROMPTS[name]
+    x = case.inputs()
+    want = [case.reference(x)]
+    caught(
+        lambda shaders: compare(run_matmul(case, x, shaders), want, FLOAT32),
+        {"dense_matmul": (right, wrong)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("j < TERMS", "j < 1"),
+        ("+ position) * (R + 1)", ") * (R + 1)"),
+        ("streams + before", "streams"),
+    ],
+)
+def test_a_wrong_addition_is_noticed(right: str, wrong: str) -> None:
+    terms, after = normal(9, 2, 64, seed=1), residual(9, 64, 4, 24)
+    want = dense.add_ref(EXACT, terms.sum(1), residual(9, 64, 4, 24, np.array))
+    caught(
+        lambda shaders: compare(dense.add(shaders, mx.array(terms), after), want, FLOAT32),
+        {"dense_add": (right, wrong)},
+    )

@@ -211,3 +211,93 @@ def test_a_wrong_down_is_noticed(right: str, wrong: str) -> None:
         lambda shaders: compare(launch_down(step, h, shaders), want, FLOAT32),
         {"moe_down": (right, wrong)},
     )
+
+
+PROMPTS = {
+    "two bits": Step(40, 256, 72, "IQ2_XXS", "F16", "BF16"),
+    "one position": Step(1, 64, 32, "MXFP4", "MXFP4", "FP8", n_slots=40),
+    "many for one": Step(45, 256, 256, "Q4_K", "Q2_K", "Q8_0", n_slots=3),
+}
+
+
+@pytest.mark.parametrize(("s", "k", "n"), [(1, 1, 1), (1, 6, 256), (5, 2, 3), (700, 3, 300)])
+def test_grouping(s: int, k: int, n: int) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(n)[: min(k, n)] for _ in range(s)]).astype(np.int32)
+
+    def launch(shaders: Launcher) -> Any:
+        made = moe.group(shaders, mx.array(ids), n)
+        return [made.order, made.tiles]
+
+    near(launch, moe.group_ref(ids, n), 0)
+
+
+class Prompt(NamedTuple):
+    """One launch of each of the two products."""
+
+    step: Step
+
+    @property
+    def x(self) -> Any:
+        return activations(self.step)
+
+    def gate_up(self, shaders: Launcher, first: int = 0, last: int | None = None) -> Any:
+        """Of positions first..last. An expert does not lie in the slot of its number."""
+        slots, weights = (mx.array(a[first:last]) for a in self.step.routing)
+        grouping = moe.group(shaders, self.step.n_slots - 1 - slots, self.step.n_slots)
+        maps = self.step.experts, grouping, slots, weights, self.step.shared_maps[:2], LIMIT
+        return moe.matmul_gate_up(shaders, mx.array(self.x[first:last]), *maps)
+
+    def down(self, shaders: Launcher) -> Any:
+        slots = mx.array(self.step.routing[0])
+        grouping = moe.group(shaders, self.step.n_slots - 1 - slots, self.step.n_slots)
+        maps = self.step.experts, grouping, slots, self.step.shared_maps[2]
+        return moe.matmul_down(shaders, mx.array(hidden(self.step)), *maps)
+
+    def want_gate_up(self) -> Any:
+        shared = self.step.shared_maps[:2]
+        return moe.gate_up_ref(EXACT, self.x, self.step.experts, *self.step.routing, shared, LIMIT)
+
+    def want_down(self) -> Any:
+        maps = self.step.experts, self.step.routing[0], self.step.shared_maps[2]
+        return moe.matmul_down_ref(EXACT, hidden(self.step), *maps)
+
+
+@pytest.mark.parametrize("step", PROMPTS.values(), ids=PROMPTS)
+def test_prompt(step: Step) -> None:
+    prompt = Prompt(step)
+    near(lambda shaders: [prompt.gate_up(shaders)], [prompt.want_gate_up()], FLOAT32)
+    near(lambda shaders: [prompt.down(shaders)], [prompt.want_down()], FLOAT32)
+
+
+def test_a_position_does_not_depend_on_the_prompt() -> None:
+    prompt, shaders = Prompt(PROMPTS["two bits"]), launcher()
+    whole = prompt.gate_up(shaders)
+    compare([prompt.gate_up(shaders, 7, 30)], [whole[7:30]], 0)
+    compare([prompt.gate_up(shaders, 39)], [whole[39:]], 0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "right", "wrong"),
+    [
+        ("moe_group", "(t - first_tiles[expert]) * BM", "0"),
+        ("moe_group", "firsts[e + 1] += firsts[e];", ""),
+        ("moe_matmul_gate_up", "record + UP", "record + GATE"),
+        ("moe_matmul_gate_up", "HALF + c], -limit", "c], -limit"),
+        ("moe_matmul_gate_up", "(begin + i) * PLACES + KTOP", "i * PLACES + KTOP"),
+        ("moe_matmul_gate_up", "if (c >= n_rows) continue;", ""),
+        ("moe_matmul_down", "terms[ulong(places[r])", "terms[ulong(r)"),
+        ("moe_matmul_down", "slots[order[begin]]", "tiles[3 * tile]"),
+    ],
+)
+def test_a_wrong_prompt_is_noticed(kernel: str, right: str, wrong: str) -> None:
+    prompt = Prompt(PROMPTS["many for one" if kernel == "moe_group" else "two bits"])
+    want_h, want_terms = prompt.want_gate_up(), prompt.want_down()
+
+    def check(shaders: Launcher) -> None:
+        if kernel != "moe_matmul_down":
+            compare([prompt.gate_up(shaders)], [want_h], FLOAT32)
+        else:
+            compare([prompt.down(shaders)], [want_terms], FLOAT32)
+
+    caught(check, {kernel: (right, wrong)})
