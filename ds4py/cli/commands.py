@@ -393,7 +393,10 @@ def imatrix(
         int, typer.Option(min=1, metavar="N", help="Tokens read at a time, each piece by itself.")
     ] = 512,
 ) -> int:
-    """Run a text through a model and note how strongly each channel of each expert is driven."""
+    """Run a text through a model and note how strongly each channel of each expert is driven.
+
+    What spells a control token in the text is one; a new document begins where a sequence does.
+    """
     from ds4py.cli.quantize import run_imatrix
 
     return run_imatrix(source, corpus, target, piece)

@@ -38,14 +38,19 @@ def run(source: str, target: str, kind: str, recipe: str | None, imatrix: str | 
 def run_imatrix(source: str, corpus: str, target: str, piece: int) -> int:
     """Collect importance over a text file; the exit code. The file's path goes to stdout."""
     from ds4py.quant import imatrix
+    from ds4py.text.messages import BOS, spelled
 
     text = read_file(corpus)
     if not Path(target).absolute().parent.is_dir():
         raise InputError(f"the folder of {target} does not exist; make it first")
     engine, _ = open_engine(Settings(model=ModelChoice(source, None)))
     tokenizer = tokenizer_of(engine)
-    ids = tokenizer.encode(text)
-    texts = [[tokenizer.bos_id, *ids[at : at + piece]] for at in range(0, len(ids), piece)]
+    texts = [
+        [tokenizer.bos_id, *ids[at : at + piece]]
+        for document in text.split(BOS)
+        for ids in [tokenizer.encode(spelled(document))]
+        for at in range(0, len(ids), piece)
+    ]
     with ProgressBar(sys.stderr) as progress:
         imatrix.save(Path(target), imatrix.collect(engine, texts, progress))
     print(Path(target).absolute())

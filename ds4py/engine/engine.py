@@ -181,6 +181,11 @@ class Engine:
         """Where the routed experts of all layers come from."""
         return self._loader.experts
 
+    @property
+    def has_draft(self) -> bool:
+        """Whether there is an MTP layer this engine can run."""
+        return bool(self.config.mtp_layers) and self._loader.checkpoint.has_draft
+
     @cached_property
     def spelling(self) -> Spelling:
         """What token ids say as text."""
@@ -189,7 +194,7 @@ class Engine:
     @cached_property
     def draft(self) -> DraftLayer:
         """The MTP layer, loaded when first asked for. Raises WeightsError when there is none."""
-        if not self.config.mtp_layers or not self._loader.checkpoint.has_draft:
+        if not self.has_draft:
             raise WeightsError(f"model {self.name} has no MTP weights this engine can run")
         return self._loader.draft(self.model)
 

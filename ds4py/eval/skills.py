@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ds4py.engine.engine import Engine
 from ds4py.engine.options import SamplingOptions
 from ds4py.errors import InputError
-from ds4py.eval import tasks
+from ds4py.eval import loss, tasks
 from ds4py.text import chat
 from ds4py.text.stream import StreamParser
 from ds4py.text.tokenizer import Tokenizer
@@ -81,7 +81,8 @@ class Exam:
         for _ in range(self.n):
             text = self.tokenizer.encode(tasks.story_case(rng))
             ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
-            losses.append(_token_losses(self.engine.score(ids)[:-1], ids[1:]))
+            found = loss.log_probabilities(self.engine.score(ids)[:-1])
+            losses.append(loss.of_tokens(found, ids[1:]))
             self.tick()
         every = np.concatenate(losses)
         return SkillResult("story loss", float(every.mean()), 0.5, "nats", len(every), True)
@@ -188,14 +189,6 @@ def all_rows(engine: Engine) -> Engine:
     other = copy.copy(engine)
     other.model = replace(engine.model, blocks=tuple(blocks))
     return other
-
-
-def _token_losses(logits: npt.NDArray[np.float32], target: list[int]) -> npt.NDArray[np.float64]:
-    """Negative log likelihood of each target, [T]."""
-    wide = logits.astype(np.float64)
-    top = wide.max(-1, keepdims=True)
-    total = np.log(np.exp(wide - top).sum(-1)) + top[:, 0]
-    return np.asarray(total - wide[np.arange(len(target)), target])
 
 
 def _has_number(case: tasks.Case, answer: Answer) -> bool:

@@ -46,19 +46,24 @@ class _Sums:
 def collect(
     engine: Engine, texts: Iterable[Sequence[int]], progress: Progress | None = None
 ) -> dict[str, F32]:
-    """Run token sequences through the model -> importance by tensor name.
+    """Run token sequences through the model, and its draft layer -> importance by tensor name.
 
     Raises InputError when there is nothing to run.
     """
     c, sequences = engine.config, list(texts)
+    names = {plan.index: f"layers.{plan.index}" for plan in c.layers}
+    if engine.has_draft:
+        names[c.mtp_layers[0].index] = "mtp.0"
     sums = {
-        plan.index: _Sums(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
-        for plan in c.layers
+        layer: _Sums(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size) for layer in names
     }
     engine.experts.observe = lambda layer, *seen: sums[layer].add(*seen)
     try:
         for n, tokens in enumerate(sequences, 1):
-            engine.session().sync(tokens)
+            if engine.has_draft and len(tokens) > 1:
+                engine.score_mtp(tokens)
+            else:
+                engine.session().sync(tokens)
             if progress is not None:
                 progress("imatrix", n, len(sequences))
     finally:
@@ -69,7 +74,7 @@ def collect(
     for layer, s in sums.items():
         inputs, inner = s.means(s.inputs), s.means(s.inner)
         for e in range(c.n_routed_experts):
-            expert = f"layers.{layer}.ffn.experts.{e}"
+            expert = f"{names[layer]}.ffn.experts.{e}"
             importance[f"{expert}.w1.weight"] = importance[f"{expert}.w3.weight"] = inputs[e]
             importance[f"{expert}.w2.weight"] = inner[e]
     return importance

@@ -6,6 +6,7 @@ encoding_dsv4.py (MIT licence, copyright DeepSeek), whose special cases are kept
 model was trained on what that file writes.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ TASKS = {
 CONTROL_TOKENS = (BOS, EOS, USER, ASSISTANT, REMINDER, THINK, END_THINK, DSML, *TASKS.values())
 """Every control token the encoder can write."""
 
+_SPELLED = re.compile(f"({'|'.join(map(re.escape, CONTROL_TOKENS))})")
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 
 
@@ -41,6 +44,11 @@ class Segment(NamedTuple):
     control: bool = False
     tokens: tuple[int, ...] = ()
     """The ids of what a model wrote; its text is then empty."""
+
+
+def spelled(text: str) -> list[Segment]:
+    """Rendered text taken apart: what spells a control token is one. For text that is trusted."""
+    return [Segment(part, part in CONTROL_TOKENS) for part in _SPELLED.split(text) if part]
 
 
 def check(messages: Sequence[Message]) -> None:

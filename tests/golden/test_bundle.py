@@ -235,6 +235,13 @@ def test_importance_is_the_mean_square_of_inputs(parent: Path, tmp_path: Path) -
     np.testing.assert_array_equal(again[name], found[name])
 
 
+def test_a_draft_layer_has_importance_too(parent: Path) -> None:
+    engine = Engine.open(parent, EXACT)
+    found = imatrix.collect(engine, [list(range(20)), [1]])
+    assert "mtp.0.ffn.experts.0.w2.weight" in found
+    assert len(found) == 3 * 4 * engine.config.n_routed_experts
+
+
 def test_importance_changes_the_bundle(parent: Path, bundle: Path, tmp_path: Path) -> None:
     engine = Engine.open(parent, EXACT)
     ids = [int(t) for t in np.random.default_rng(0).integers(0, engine.config.vocab_size, 50)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ds4py.errors import PromptError
 from ds4py.text import chat
-from ds4py.text.messages import CONTROL_TOKENS, flatten
+from ds4py.text.messages import CONTROL_TOKENS, flatten, spelled
 
 DATA = Path(__file__).parent / "data" / "encoding"
 CASES = json.loads((DATA / "conversations.json").read_text(encoding="utf-8"))["cases"]
@@ -289,3 +289,12 @@ def test_what_a_model_wrote_stands_for_its_message_where_it_fits() -> None:
     assert found([tools, *turns], thinking=False) == []  # it did not reason there
     assert found(turns) == []  # without tools, old reasoning is dropped
     assert found(turns, drop_thinking=False) == [(7, 8, 9)]
+
+
+def test_rendered_text_is_taken_apart_again() -> None:
+    messages = [{"role": "user", "content": "a < b"}, {"role": "assistant", "content": "<b>"}]
+    parts = chat.segments(messages, thinking=False)
+    text = "".join(part.text for part in parts)
+    again = spelled(text)
+    assert "".join(part.text for part in again) == text
+    assert [p for p in again if p.control] == [p for p in parts if p.control]
