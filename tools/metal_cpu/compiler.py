@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from tools.metal_cpu import toolchain
@@ -66,12 +68,38 @@ def entry_point(signature: Signature) -> str:
     )
 
 
-def compile_kernel(signature: Signature, mode: str) -> Path:
-    """Check and compile. Raises ShaderError with the kernel's lines."""
+class Compilations:
+    """Kernels being compiled in the background, and those this process has compiled."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self._jobs: dict[str, Future[Path]] = {}
+        self._modes: set[str] = set()
+
+    def get(self, signature: Signature, mode: str) -> Path:
+        """A kernel's library. Raises ShaderError with the kernel's lines.
+
+        A process that has used both modes will want this kernel in the other mode too: that is
+        compiled at the same time.
+        """
+        self._modes.add(mode)
+        job = self._start(signature, mode)
+        for other in self._modes - {mode}:
+            self._start(signature, other)
+        return job.result()
+
+    def _start(self, signature: Signature, mode: str) -> Future[Path]:
+        text = signature.text + entry_point(signature)
+        key = hashlib.sha256((toolchain.sources_key() + mode + text).encode()).hexdigest()[:32]
+        if key not in self._jobs:
+            self._jobs[key] = self._pool.submit(compile_kernel, signature, mode, f"kernel-{key}.so")
+        return self._jobs[key]
+
+
+def compile_kernel(signature: Signature, mode: str, name: str) -> Path:
+    """The library, from the cache or newly made. Raises ShaderError with the kernel's lines."""
     if not signature.text.isascii():
         raise ShaderError(f"{signature.name}: MLX hands sources to Metal as ASCII; this is not")
-    text = signature.text + entry_point(signature)
-    key = hashlib.sha256((toolchain.sources_key() + mode + text).encode()).hexdigest()[:32]
 
     def make(path: Path) -> None:
         source, made = path.with_suffix(".cl"), path.with_suffix(".o")
@@ -84,7 +112,7 @@ def compile_kernel(signature: Signature, mode: str) -> Path:
         toolchain.link([made], path)
 
     try:
-        return toolchain.cached(f"kernel-{key}.so", make)
+        return toolchain.cached(name, make)
     except RewriteError as exc:
         place, quoted = signature.place(exc.line), signature.line_text(exc.line)
         raise ShaderError(f"{signature.name}, {place}: {exc}\n    {quoted}") from exc

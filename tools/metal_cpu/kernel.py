@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from tools.metal_cpu import arrays, launch
-from tools.metal_cpu.compiler import compile_kernel
+from tools.metal_cpu.compiler import Compilations
 from tools.metal_cpu.report import Launch, Reader, ShaderError, Traffic
 from tools.metal_cpu.source import Argument, Signature
 
+COMPILATIONS = Compilations()
 MAX_THREADS = 1024
 WORTH_A_WORKER = 4096
 """Threads in a launch below which waking a second worker costs more than it saves."""
@@ -82,7 +83,7 @@ class Kernel:
 
     def compile(self, signature: Signature, mode: str) -> Variant:
         """A variant, checked and compiled. Raises ShaderError with the kernel's lines."""
-        library = compile_kernel(signature, mode)
+        library = COMPILATIONS.get(signature, mode)
         buffers = (launch.CBuffer * len(signature.buffers))()
         for buffer, described in zip(buffers, signature.buffers, strict=True):
             buffer.is_output = described.is_output

@@ -34,7 +34,7 @@ LANGUAGE = (
     "-Wno-psabi -fno-color-diagnostics -fno-caret-diagnostics"
 ).split()
 MODES = {
-    "fast": "-O2 -gline-tables-only".split(),
+    "fast": "-O1 -gline-tables-only".split(),
     "check": (
         "-O1 -gline-tables-only -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 "
         "-mllvm -tsan-instrument-read-before-write=1 "

@@ -28,11 +28,18 @@ MSL_AI simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T v) {
   return m;
 }
 
+// Loads and stores exchange nothing: lanes meet there only to be checked for divergence.
+#ifdef MSL_CHECK
+#define MSL_MEET(name) msl_show(0u, line_, name)
+#else
+#define MSL_MEET(name)
+#endif
+
 #define MSL_MATRIX_MEMORY(space)                                                                \
   template <class T>                                                                            \
   MSL_AI void simdgroup_load(thread simdgroup_matrix<T>& m, const space T* p, ulong stride = 8, \
                              ulong2 origin = ulong2(0), bool transpose = false, MSL_AT) {       \
-    msl_show(0u, line_, "simdgroup_load");                                                      \
+    MSL_MEET("simdgroup_load");                                                                 \
     for (uint i = 0; i < 2; i++) {                                                              \
       ulong r = m.row(), c = m.col() + i;                                                       \
       m.e.d[i] = p[(origin.y + (transpose ? c : r)) * stride + origin.x + (transpose ? r : c)]; \
@@ -42,7 +49,7 @@ MSL_AI simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T v) {
   MSL_AI void simdgroup_store(thread const simdgroup_matrix<T>& m, space T* p,                  \
                               ulong stride = 8, ulong2 origin = ulong2(0),                      \
                               bool transpose = false, MSL_AT) {                                 \
-    msl_show(0u, line_, "simdgroup_store");                                                     \
+    MSL_MEET("simdgroup_store");                                                                \
     for (uint i = 0; i < 2; i++) {                                                              \
       ulong r = m.row(), c = m.col() + i;                                                       \
       p[(origin.y + (transpose ? c : r)) * stride + origin.x + (transpose ? r : c)] = m.e.d[i]; \
