@@ -10,11 +10,11 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 BINARY = {"KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
 
 
-def parse_size(text: str) -> int:
-    """ "24GB", "512 MiB", "1.5T", "4096" -> bytes. Raises OptionsError."""
+def parse_size(text: str, option: str = "memory") -> int:
+    """ "24GB", "512 MiB", "1.5T", "4096" -> bytes. Raises OptionsError, which names the option."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text.upper())
     if not match or float(match[1]) <= 0:
-        raise OptionsError(f"memory is {text!r}; need a size such as 24GB or 512MiB")
+        raise OptionsError(f"{option} is {text!r}; need a size such as 24GB or 512MiB")
     return int(float(match[1]) * {**UNITS, **BINARY}[match[2]])
 
 

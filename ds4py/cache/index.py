@@ -10,7 +10,6 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,33 +185,58 @@ class Index:
             for table in ("segments", "snapshots")
         )
 
-    def tree(self) -> tuple[Tree, dict[str, Entry], dict[str, Segment], set[str]]:
-        """Everything for eviction: the tree, its entries and all segments by name, and the names of
-        the segments that nobody holds."""
+    def tree(self) -> Forest:
+        """Everything for eviction."""
         roots: dict[str, Segment] = {}
+        rows = {row[0]: row for row in self._db.execute("SELECT * FROM segments")}
         segments: dict[str, Segment] = {}
-        parents: dict[str, tuple[str | None, str]] = {}
-        for name, parent, identity, ids, n_bytes in self._db.execute("SELECT * FROM segments"):
-            segments[name] = Segment(name, ids, n_bytes, None)
-            parents[name] = parent, identity
-            roots.setdefault(identity, Segment(identity, b"", 0, None))
-        for name, (parent, identity) in parents.items():
-            segments[name].parent = segments.get(parent or "") or roots[identity]
-        entries = {}
-        with closing(
-            self._db.execute(
-                "SELECT name, parent, identity, tail, tokens, bytes, used, "
-                "(next IS NOT NULL) + branched, hits FROM snapshots"
-            )
-        ) as rows:
-            for name, parent, identity, *rest in rows:
-                root = roots.setdefault(identity, Segment(identity, b"", 0, None))
-                segment = segments.get(parent) if parent is not None else root
-                if segment is not None:
-                    entries[name] = Entry(name, segment, *rest)
+
+        def root(identity: str) -> Segment:
+            return roots.setdefault(identity, Segment(identity, b"", 0, None))
+
+        def segment(name: str | None) -> Segment | None:
+            """With all below it, which a long context has too many of for recursion."""
+            missing = []
+            while name in rows and name not in segments:
+                missing.append(rows[name])
+                name = rows[name][1]
+            for own, parent, identity, ids, n_bytes in reversed(missing):
+                below = root(identity) if parent is None else segments.get(parent)
+                if below is None:
+                    break  # a segment is gone: what is beyond it is of no use
+                segments[own] = Segment(own, ids, n_bytes, below)
+            return segments.get(missing[0][0] if missing else name or "")
+
+        entries, broken = {}, []
+        query = (
+            "SELECT name, parent, identity, tail, tokens, bytes, used, "
+            "(next IS NOT NULL) + branched, hits FROM snapshots"
+        )
+        for name, parent, identity, *facts in self._db.execute(query).fetchall():
+            below = root(identity) if parent is None else segment(parent)
+            if below is None:
+                broken.append(name)
+            else:
+                entries[name] = Entry(name, below, *facts)
         tree = Tree(entries.values())
-        loose = {name for name, segment in segments.items() if not segment.holders}
-        return tree, entries, segments, loose
+        for name in rows:
+            segment(name)
+        held = {name for name, found in segments.items() if found.holders}
+        return Forest(tree, entries, segments, set(rows) - held, broken)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """What an index holds, as eviction sees it."""
+
+    tree: Tree
+    entries: dict[str, Entry]
+    segments: dict[str, Segment]
+    """Those with everything below them."""
+    loose: set[str]
+    """Names of segments that no snapshot needs."""
+    broken: list[str]
+    """Names of snapshots that lack a segment."""
 
 
 def _found(row: tuple[object, ...]) -> Found:

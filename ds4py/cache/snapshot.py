@@ -45,7 +45,8 @@ class Image:
     """[1, V]"""
     seed: int | None = None
     extra: dict[str, Arrays] = field(default_factory=dict)
-    """Frontiers of further sequences, by name, as `capture_frontier` gives them."""
+    """Further frontiers by name, as `capture_frontier` gives them: `turnN` is a checkpoint of this
+    sequence at N tokens, other names are other sequences'."""
 
     @property
     def position(self) -> int:
@@ -73,9 +74,10 @@ def fill(state: SequenceState, image: Image) -> None:
         data = state.rows[s.name].data
         shape = (data.shape[0], s.count(position), data.shape[2])
         rows[s.name] = _array(ops, image.rows.get(s.name), data, shape)
-    fill_frontier(state, position, image.frontier)
+    frontier = frontier_of(state, position, image.frontier)
     for name, array in rows.items():
         state.rows[name].write(0, array)
+    state.restore(frontier)
     mx.eval(state.pending())  # nothing lazy still refers to the file's arrays
 
 
@@ -86,15 +88,15 @@ def capture_frontier(state: SequenceState, frontier: Frontier) -> Arrays:
     return arrays | {f"values.{name}": _bits(values) for name, values in kept.values.items()}
 
 
-def fill_frontier(state: SequenceState, position: int, arrays: Arrays) -> None:
-    """Put a state to a captured frontier; its rows are the caller's. Raises ValueError."""
+def frontier_of(state: SequenceState, position: int, arrays: Arrays) -> Frontier:
+    """A captured frontier, for `state.restore`. Raises ValueError."""
     like, values = state.frontier, {}
     for s in state.series:
         whole = like.values[s.name]
         shape = (whole.shape[0], s.needed(position), whole.shape[2])
         values[s.name] = _array(state.ops, arrays.get(f"values.{s.name}"), whole, shape)
     window = _array(state.ops, arrays.get("window"), like.window, tuple(like.window.shape))
-    state.restore(Frontier(position, state.ops.copy(window), values))
+    return Frontier(position, state.ops.copy(window), values)
 
 
 def save(path: Path, image: Image, identity: str) -> None:

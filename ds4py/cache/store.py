@@ -51,23 +51,20 @@ class Store:
         """See `open`."""
         self.directory, self.n_bytes, self._policy = directory, n_bytes, policy
         self.trouble: str | None = None
-        self._index = self._open_index()
+        self._made = directory.exists()
+        self._index = self._open_index() if self._made else Index(None)
 
     @classmethod
     def open(cls, directory: Path, n_bytes: int) -> Store:
-        """The store in a directory, made when missing. n_bytes: what its files may take.
+        """The store in a directory, made by the first save. n_bytes: what its files may take.
 
-        A directory that cannot be written is read. Raises InputError when it is no directory.
+        A directory that cannot be written is read. Raises InputError when it can be none.
         """
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in _FOLDERS:
-                with contextlib.suppress(PermissionError):
-                    (directory / folder).mkdir(mode=0o700, exist_ok=True)
-        except OSError as exc:
+        found = next(path for path in (directory, *directory.parents) if path.exists())
+        if not found.is_dir():
             raise InputError(
-                f"{directory} cannot hold KV snapshots ({exc.strerror}); name another directory"
-            ) from exc
+                f"{directory} cannot hold KV snapshots: {found} is a file; name another directory"
+            )
         try:
             return cls(directory, n_bytes)
         except (OSError, sqlite3.Error) as exc:
@@ -115,6 +112,8 @@ class Store:
 
         text: what its ids spell. Whether the snapshot is in the store now.
         """
+        with self._misses("making"):
+            self._make()
         with self._misses("saving"), self._locked():
             chain = _chain(identity, image.tokens)
             name = _name(identity, chain, image.tokens)
@@ -147,18 +146,17 @@ class Store:
     def remove(self, names: list[str]) -> int:
         """Drop snapshots and the segments only they need; the bytes freed."""
         with self._misses("removing"), self._locked():
-            tree, entries, _, loose = self._index.tree()
-            before = tree.n_bytes
-            gone = [entries[name] for name in names if name in entries]
-            freed = {s.name for entry in gone for s in tree.remove(entry)}
-            self._delete([entry.name for entry in gone], freed | loose)
-            return before - tree.n_bytes
+            forest, before = self._index.tree(), self._index.n_bytes()
+            gone = [forest.entries[name] for name in names if name in forest.entries]
+            freed = {s.name for entry in gone for s in forest.tree.remove(entry)}
+            self._delete([*(entry.name for entry in gone), *forest.broken], freed | forest.loose)
+            return before - self._index.n_bytes()
         return 0
 
     def verify(self) -> Iterator[tuple[Path, str]]:
         """Read every file; yield and remove those that are damaged, with the reason."""
         for folder in _FOLDERS:
-            for path in sorted((self.directory / folder).iterdir()):
+            for path in sorted(Path(item.path) for item in _files(self.directory / folder)):
                 try:
                     record.read(path)
                 except (RecordError, OSError) as exc:
@@ -272,11 +270,11 @@ class Store:
         if need > self.n_bytes:
             self.trouble = f"a snapshot of {need} bytes does not fit {self.n_bytes} (--kv-space)"
             return False
-        tree, _, by_name, loose = self._index.tree()
-        names: list[str] = []
+        forest = self._index.tree()
+        tree, names, loose = forest.tree, forest.broken, forest.loose
         now, new = self._index.now() + 1, []
         if chain:  # stands for the snapshot to be written, and holds what it needs
-            new = [Entry("", by_name[chain[-1]], b"", len(chain) * SEGMENT, 0, now)]
+            new = [Entry("", forest.segments[chain[-1]], b"", len(chain) * SEGMENT, 0, now)]
             tree.add(new[0])
         while tree.n_bytes + need > self.n_bytes and (victim := self._policy(tree, now, new)):
             names.append(victim.name)
@@ -293,6 +291,14 @@ class Store:
 
     def _path(self, folder: str, name: str) -> Path:
         return self.directory / folder / f"{name}{_FOLDERS[folder]}"
+
+    def _make(self) -> None:
+        """The directory, at the first save: reading alone leaves nothing behind."""
+        for folder in (".", *_FOLDERS):
+            (self.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self._made:
+            self._index.close()
+            self._index, self._made = self._open_index(), True
 
     def _open_index(self) -> Index:
         """The index on disk; a damaged one is made anew, an unwritable one is kept in memory."""
@@ -315,9 +321,10 @@ class Store:
     def _rebuild(self, index: Index, cleaning: bool = True) -> None:
         """Make the index agree with the files. Reads the headers of those it does not know."""
         new: list[str] = []
+        lost = False
         for folder, suffix in _FOLDERS.items():
             known, there = index.names(folder), set()
-            for item in os.scandir(self.directory / folder):
+            for item in _files(self.directory / folder):
                 name = item.name.removesuffix(suffix)
                 if item.name == name:  # a file that a kill left half written
                     if cleaning and name.startswith(record.TEMPORARY):
@@ -326,8 +333,13 @@ class Store:
                     there.add(name)
                     new += [] if name in known or folder == "segments" else [name]
             gone = known - there
+            lost = lost or bool(gone)
             index.remove(*((gone, ()) if folder == "snapshots" else ((), gone)))
         _recall(index, new)
+        if cleaning and (broken := index.tree().broken if new or lost else []):
+            for name in broken:
+                self._path("snapshots", name).unlink(missing_ok=True)
+            index.remove(broken, ())
 
     def _learn(self, index: Index, folder: str, path: Path) -> bool:
         """Put one file into the index; whether it belongs there."""
@@ -403,14 +415,22 @@ def _name(identity: str, chain: list[str], ids: np.ndarray[Any, Any]) -> str:
     return hashlib.sha256(start.encode() + b"|" + tail).hexdigest()[:40]
 
 
+def _files(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            return list(items)
+    except FileNotFoundError:
+        return []
+
+
 def _recall(index: Index, names: list[str]) -> None:
     """Note of snapshots that the index lost how they continue each other."""
     if not names:
         return
-    tree, entries, _, _ = index.tree()
-    found = {f.name: f for f in index.all()}
+    forest = index.tree()
+    entries, found = forest.entries, {f.name: f for f in index.all()}
     for name in sorted(set(names) & set(entries), key=lambda n: entries[n].tokens):
-        ancestors = [found[e.name] for e in tree.ancestors(entries[name])]
+        ancestors = [found[e.name] for e in forest.tree.ancestors(entries[name])]
         index.use(ancestors, index.ids(found[name]), hit=False)
 
 

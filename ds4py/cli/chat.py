@@ -7,11 +7,12 @@ starts with a slash. Notices go to stderr, so that a piped stdout is the answers
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from ds4py.cli import interrupts
 from ds4py.cli.conversation import Conversation, Stopped, Timeline
 from ds4py.cli.generate import statistics
+from ds4py.cli.kv import Timelines, kv_space, make_scheduler, open_disk
 from ds4py.cli.model import open_engine, tokenizer_of
 from ds4py.cli.progress import ProgressBar
 from ds4py.cli.settings import Settings, checked_text, read_file
@@ -19,10 +20,6 @@ from ds4py.cli.store import Store, state_directory
 from ds4py.cli.typed import Pipe, Source, Terminal, silent_keyboard
 from ds4py.cli.view import PlainView, View, can_draw
 from ds4py.errors import DS4Error, OptionsError
-
-if TYPE_CHECKING:
-    from ds4py import Engine
-
 
 # As DeepSeek's own chat does.
 THINKING = True
@@ -34,11 +31,14 @@ def run(settings: Settings, resume: str | None) -> int:
     store = Store(state_directory())
     if resume is not None:
         store.load(resume)  # a wrong name is told before the model is loaded
+    kv_space(settings.kv_space)
     engine, _ = open_engine(settings)
-    conversation = Conversation(engine.session(), tokenizer_of(engine), sampling)
+    disk = open_disk(engine, settings.kv_dir, settings.kv_space)
+    timelines = Timelines(engine, make_scheduler(engine, disk))
+    conversation = Conversation(timelines.session(), tokenizer_of(engine), sampling)
     conversation.thinking = THINKING
     source: Source = Terminal(store) if sys.stdin.isatty() else Pipe(sys.stdin)
-    chat = Chat(engine, conversation, store, make_view(), sys.stderr, source.interactive)
+    chat = Chat(timelines, conversation, store, make_view(), sys.stderr, source.interactive)
     if resume is not None:
         chat.resume(resume)
     if settings.thinking is not None:
@@ -65,7 +65,7 @@ class Chat:
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: Timelines,
         conversation: Conversation,
         store: Store,
         view: View,

@@ -10,6 +10,7 @@ import typer
 
 from ds4py import __version__
 from ds4py.cli import settings as given
+from ds4py.cli.cache import cache
 from ds4py.cli.settings import Settings
 from ds4py.errors import OptionsError
 
@@ -101,10 +102,6 @@ KvMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory of conversations. Default: at most 4 GiB."),
 ]
-KvDir = Annotated[
-    str | None,
-    typer.Option(metavar="DIR", help="Keeps conversations for the next start; none: nowhere."),
-]
 Grace = Annotated[
     float, typer.Option(min=0, metavar="S", help="Seconds answers may take after SIGTERM.")
 ]
@@ -115,6 +112,13 @@ Kernels = Annotated[
         metavar="NAME",
         help="metal: the GPU's own kernels; reference: plain MLX operations. Default: auto.",
     ),
+]
+KvDir = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Keeps what was read for the next start; none: nowhere."),
+]
+KvSpace = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Disk space for them, 0 for none. Default: 8GB.")
 ]
 
 
@@ -165,12 +169,13 @@ def generate(
     context: ContextSize = None,
     memory: Memory = None,
     kernels: Kernels = None,
+    kv_dir: KvDir = None,
+    kv_space: KvSpace = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print times to stderr.")] = False,
 ) -> int:
-    """Answer one prompt. The answer goes to stdout and nothing else does.
-
-    Without PROMPT, or with -, the prompt is read from stdin.
+    """Answer one prompt. The answer goes to stdout and nothing else does. Without PROMPT, or with
+    -, the prompt is read from stdin.
 
     Reasoning is off unless asked for: a script wants the answer, and --max-tokens counts both.
     On a terminal reasoning is shown dimmed, on stderr.
@@ -193,6 +198,8 @@ def generate(
         context=context,
         memory=memory,
         kernels=kernels,
+        kv_dir=kv_dir,
+        kv_space=kv_space,
     )
     from ds4py.cli.generate import run
 
@@ -221,6 +228,8 @@ def chat(
     context: ContextSize = None,
     memory: Memory = None,
     kernels: Kernels = None,
+    kv_dir: KvDir = None,
+    kv_space: KvSpace = None,
 ) -> int:
     """Talk with a model. /help lists what else can be typed.
 
@@ -243,6 +252,8 @@ def chat(
         context=context,
         memory=memory,
         kernels=kernels,
+        kv_dir=kv_dir,
+        kv_space=kv_space,
     )
     from ds4py.cli.chat import run
 
@@ -264,6 +275,7 @@ def serve(
     max_body: MaxBody = "64MB",
     kv_memory: KvMemory = None,
     kv_dir: KvDir = None,
+    kv_space: KvSpace = None,
     grace: Grace = 10.0,
     context: ContextSize = None,
     memory: Memory = None,
@@ -273,7 +285,13 @@ def serve(
     Ctrl-C or SIGTERM stops it: answers may finish for a while, then it ends. With --uds and no
     --port there is no TCP.
     """
-    settings = Settings(model=given.choose_model(model), context=context, memory=memory)
+    settings = Settings(
+        model=given.choose_model(model),
+        context=context,
+        memory=memory,
+        kv_dir=kv_dir,
+        kv_space=kv_space,
+    )
     from ds4py.cli.serve import ServeOptions, run
 
     options = ServeOptions(
@@ -288,7 +306,6 @@ def serve(
         strict_model=strict_model,
         max_body=max_body,
         kv_memory=kv_memory,
-        kv_dir=kv_dir,
         grace_s=grace,
     )
     return run(settings, options)
@@ -401,6 +418,9 @@ def imatrix(
 
     return run_imatrix(source, corpus, target, piece)
 
+
+cache.callback(invoke_without_command=True)(_help_without_command)
+app.add_typer(cache, name="cache", short_help="Look after the sessions kept on disk.")
 
 bench = typer.Typer(
     help="Measure the engine.",

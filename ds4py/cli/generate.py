@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ds4py.cli.conversation import Message, Parser, RawParser, Turn, answer
+from ds4py.cli.kv import kv_space, open_disk
 from ds4py.cli.model import open_engine, tokenizer_of
 from ds4py.cli.progress import ProgressBar
 from ds4py.cli.settings import Settings, read_prompt
@@ -23,20 +24,28 @@ def run(argument: str | None, settings: Settings, raw: bool, as_json: bool, stat
     sampling = settings.sampling_options()
     settings.engine_options()  # a bad value is told before stdin is waited for
     prompt = read_prompt(argument, sys.stdin)
+    kv_space(settings.kv_space)
     engine, load_s = open_engine(settings)
+    disk = open_disk(engine, settings.kv_dir, settings.kv_space)
     tokenizer = tokenizer_of(engine)
     tokens = encode(prompt, settings, raw, tokenizer)
     turn = Turn(prompt_tokens=len(tokens))
     view: View = SilentView() if as_json else PlainView(sys.stdout, sys.stderr)
+    session = engine.session()
+    if disk is not None:
+        disk.restore(session, tokens)
     with ProgressBar(sys.stderr) as bar:
         parser = make_parser(settings, raw)
-        for event in answer(engine.session(), tokens, sampling, parser, turn, bar):
+        for event in answer(session, tokens, sampling, parser, turn, bar):
             view.event(event)
     view.end()
     if as_json:
         print(json.dumps(report(turn, load_s, engine.name), ensure_ascii=False), flush=True)
     if stats:
         print(statistics(turn, load_s), file=sys.stderr, flush=True)
+    if disk is not None:
+        sys.stdout.flush()  # the answer does not wait for the disk
+        disk.keep(session, reply=False)
     return 0
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds4py.cli.kv import kv_space, open_disk
 from ds4py.cli.model import announce, tokenizer_of
-from ds4py.cli.settings import Settings, kv_directory, models_directory
+from ds4py.cli.settings import Settings, kv_directory, make_private, models_directory
 from ds4py.errors import OptionsError
 from ds4py.sizes import parse_size
 
@@ -39,7 +40,6 @@ class ServeOptions:
     strict_model: bool
     max_body: str
     kv_memory: str | None
-    kv_dir: str | None
     grace_s: float
 
 
@@ -51,6 +51,7 @@ def run(settings: Settings, options: ServeOptions) -> int:
 
     logging.basicConfig(format="ds4: %(message)s", stream=sys.stderr, level=logging.WARNING)
     settings.engine_options()  # a bad value is told before anything is opened
+    kv_space(settings.kv_space)
     announce(settings.model)
     local = options.port is None or listen.is_loopback(options.host)
     if options.api_key == "":
@@ -66,7 +67,7 @@ def run(settings: Settings, options: ServeOptions) -> int:
         strict_model=options.strict_model,
         thinking=options.thinking,
         max_body=parse_size(options.max_body),
-        state=kv_directory(options.kv_dir),
+        state=make_private(kv_directory(settings.kv_dir)),
     )
     worker = Worker(_opener(settings, options), options.slots, options.queue)
     with ExitStack() as stack:
@@ -96,10 +97,12 @@ def _opener(settings: Settings, options: ServeOptions) -> "Opener":
         path = resolve(settings.model.name, models_directory())
         engine = Engine.open(path, settings.engine_options(), progress)
         tokenizer_of(engine)
+        disk = open_disk(engine, settings.kv_dir, settings.kv_space)
         if options.kv_memory is not None:
-            return engine, Scheduler(engine, parse_size(options.kv_memory))
+            return engine, Scheduler(engine, parse_size(options.kv_memory), disk)
         one = engine.session_bytes(engine.context)
-        return engine, Scheduler(engine, max(one, min(options.slots * one, DEFAULT_KV_BYTES)))
+        kv_bytes = max(one, min(options.slots * one, DEFAULT_KV_BYTES))
+        return engine, Scheduler(engine, kv_bytes, disk)
 
     return opener
 

@@ -43,15 +43,22 @@ def models_directory(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def kv_directory(option: str | None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """`--kv-dir`, made when missing: where conversations outlive the process; "none": nowhere.
+    """`--kv-dir`: where conversations outlive the process; "none": nowhere.
 
-    Without the option `ds4/kv` in the user's cache directory. Raises OptionsError.
+    Without the option DS4_KV, else `ds4/kv` in the user's cache directory.
     """
-    if option == "none":
-        return None
+    chosen = option or environ.get("DS4_KV")
+    if chosen:
+        return None if chosen == "none" else Path(chosen).expanduser()
     root = environ.get("XDG_CACHE_HOME") or ""
     cache = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
-    path = Path(option).expanduser() if option else cache / "ds4" / "kv"
+    return cache / "ds4" / "kv"
+
+
+def make_private(path: Path | None) -> Path | None:
+    """Make such a directory when it is missing. Raises OptionsError."""
+    if path is None:
+        return None
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -81,6 +88,10 @@ class Settings:
     context: int | None = None
     memory: str | None = None
     kernels: str | None = None
+    kv_dir: str | None = None
+    """Where sessions are kept; None: the usual place."""
+    kv_space: str | None = None
+    """What they may take there; "0": nothing is kept."""
 
     def engine_options(self) -> "EngineOptions":
         """Raises OptionsError on a value that makes no sense."""

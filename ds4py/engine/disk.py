@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FEWEST = 32
 """Tokens below which a prefix is read faster than it is found."""
+WORTH = 256
+"""Tokens of a prompt that deserve a snapshot though no conversation will go on from there."""
 
 
 class DiskSessions:
@@ -63,9 +65,12 @@ class DiskSessions:
         first = self._engine.turns(tokens, 0)[:1]
         ends: list[Frontier | None] = [f for f in turns if [f.position] == first]
         whole = not turns or (reply and self._reply_stays(tokens))
-        ends.append(None if whole else turns[-1])
+        last = None if whole else turns[-1]
+        common = ends[0].position if ends and ends[0] is not None else 0
+        if reply or (session.position if last is None else last.position) - common >= WORTH:
+            ends.append(last)
         written = [self._write(session, tokens, end) for end in ends]
-        return written[-1]
+        return bool(written) and written[-1]
 
     def respell(self, tokens: Sequence[int]) -> list[int]:
         """The same text in the ids of the longest snapshot that begins it."""

@@ -140,6 +140,13 @@ class Scheduler:
         self.counters["read"] += len(wanted) - reused
         return live.session
 
+    def adopt(self, session: Session, conversation: str | None = None) -> None:
+        """Take over an idle session made elsewhere, such as one restored from a file."""
+        self._requests += 1
+        live = _Live(session, conversation, False, self._requests, session.position, 0, busy=False)
+        self._make_room(self._n_bytes([live]), side=False, keep=None, taken=False)
+        self._live.append(live)
+
     def release(self, session: Session, awaiting_tool: bool = False) -> None:
         """The request is over. awaiting_tool: the next one will bring a tool's result soon."""
         live = next(live for live in self._live if live.session is session)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ds4py.cache import snapshot
-from ds4py.cache.snapshot import Image, capture
+from ds4py.cache.snapshot import Image, capture, capture_frontier, frontier_of
 from ds4py.cache.state import Frontier
 from ds4py.engine.checkpoints import GRID, MOST_BYTES, Checkpoints
 from ds4py.engine.decode import decode
@@ -161,7 +161,10 @@ class Session:
 
     def save(self, path: Path | str) -> None:
         """Write a snapshot that `Engine.restore` continues bit for bit. Raises InputError."""
-        snapshot.save(Path(path), self.image(), self._engine.identity)
+        image = self.image()
+        for turn in self.turns()[-1:]:  # where the next prompt may leave this one
+            image.extra[f"turn{turn.position}"] = capture_frontier(self._state, turn)
+        snapshot.save(Path(path), image, self._engine.identity)
 
     def load(self, path: Path | str) -> None:
         """Take over a snapshot's state. Raises InputError; the session is then as before."""
@@ -172,6 +175,8 @@ class Session:
 
     def image(self, frontier: Frontier | None = None, start: int = 0) -> Image:
         """The session, or what it was at a checkpoint, with the rows after `start` tokens."""
+        if self._state.position != self.position:  # interrupted inside a step
+            self._return_to(self.position - 1)
         if frontier is None or frontier.position == self.position:
             logits = None if self._logits is None else np.array(self._logits, np.float32)
             here = self._state.frontier
@@ -183,9 +188,16 @@ class Session:
         tokens, state = [int(t) for t in image.tokens], self._model.new_state()
         check_tokens(tokens, self._engine.context, self._engine.config.vocab_size)
         snapshot.fill(state, image)
+        turns = [
+            frontier_of(state, int(name.removeprefix("turn")), arrays)
+            for name, arrays in image.extra.items()
+            if name.startswith("turn")
+        ]
         self._logits = None if image.logits is None else mx.array(image.logits)
         self._state, self._tokens, self.seed = state, tokens, image.seed
         self._checkpoints.forget_after(0)
+        for turn in turns:
+            self._checkpoints.add(turn, turn=True)
         self._keep(state.frontier)
 
     def turns(self) -> list[Frontier]:

@@ -125,7 +125,8 @@ def test_help_lists_what_there_is(ds4: Any) -> None:
     done = ds4("--help")
     assert done.returncode == 0 and done.stderr == ""
     commands = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines()[1:]]
-    assert commands == "generate chat serve inspect verify pull quantize imatrix bench".split()
+    expected = "generate chat serve inspect verify pull quantize imatrix cache bench"
+    assert commands == expected.split()
     assert ds4().stdout == done.stdout
     assert ds4("--version").stdout.startswith("ds4 ")
 

@@ -194,7 +194,7 @@ def test_the_draft_layers_window_travels_along(
     snapshot.save(tmp_path / "s", image, engine.identity)
     read = snapshot.load(tmp_path / "s", engine.identity)
     restored = draft.new_state()
-    snapshot.fill_frontier(restored, 70, read.extra["draft"])
+    restored.restore(snapshot.frontier_of(restored, 70, read.extra["draft"]))
     np.testing.assert_array_equal(step(restored, 70, 99), step(state, 70, 99))
 
 

@@ -94,7 +94,7 @@ def test_the_index_is_made_again(tmp_path: Path, damage: str) -> None:
     for tokens in (shared, *branches):
         save(store, tokens)
     before = {(e.name, e.tokens, e.n_bytes) for e in store.entries()}
-    superseded = {e.tokens for e in store._index.tree()[0].entries if e.continuations < 2}
+    superseded = {e.tokens for e in store._index.tree().tree.entries if e.continuations < 2}
     store.close()
     path = tmp_path / "index.sqlite"
     if damage == "lost":
@@ -105,7 +105,7 @@ def test_the_index_is_made_again(tmp_path: Path, damage: str) -> None:
     assert {(e.name, e.tokens, e.n_bytes) for e in again.entries()} == before
     for tokens in branches:
         assert longest(again, tokens) == 500
-    tree = again._index.tree()[0]
+    tree = again._index.tree().tree
     assert {e.tokens for e in tree.entries if e.continuations < 2} == superseded == {500}
     again.close()
 
