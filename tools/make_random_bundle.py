@@ -11,6 +11,7 @@ import argparse
 import json
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ def make(target: Path, c: dict[str, Any], formats: tuple[str, str, str], seed: i
     target.mkdir(parents=True, exist_ok=True)
     model, rng = ModelConfig.from_dict(c), np.random.default_rng(seed)
     layout, n = layout_of(model, formats), model.n_routed_experts
-    dense = [
-        files.NewTensor(name, dtype, shape, values.nbytes, lambda v=values: [v])  # type: ignore[misc]
-        for name, shape in names.expected(model).items()
-        if not ROUTED.search(name)
-        for dtype, values in [draw(name, shape, n, rng)]
-    ]
+    dense = []
+    for name, shape in names.expected(model).items():
+        if not ROUTED.search(name):
+            dtype, values = draw(name, shape, n, rng)
+            once = partial(list, [values])
+            dense.append(files.NewTensor(name, dtype, shape, values.nbytes, once))
     written: dict[str, dict[str, Any]] = {DENSE: {"sha256": files.write(target / DENSE, dense)}}
     for plan in model.layers:
         crcs: list[int] = []
@@ -48,7 +49,7 @@ def make(target: Path, c: dict[str, Any], formats: tuple[str, str, str], seed: i
             "U8",
             (n, layout.record_bytes),
             n * layout.record_bytes,
-            lambda crcs=crcs: records(model, layout, formats, rng, crcs),  # type: ignore[misc]
+            partial(records, model, layout, formats, rng, crcs),
         )
         file = experts_file(plan.index)
         digest = files.write(target / file, [tensor], files.RECORD_ALIGN)

@@ -14,12 +14,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from ds4py.errors import OptionsError
 
+Ids = npt.NDArray[np.integer[Any]]
+
 HALF_LIFE = 128
 """Steps after which a use counts half in `Decayed`."""
+
+
+DECODE_ROWS = 8
+"""Steps of at most this many tokens are decoding (and drafts): their experts stay in memory."""
 
 
 class Key(NamedTuple):
@@ -201,10 +210,20 @@ class Residency:
         scored = [(-s, layer, e) for layer, held in self._held.items() for e, s in held.items()]
         return [Key(layer, expert) for _, layer, expert in sorted(scored)]
 
-    def room(self, layer: int) -> int:
-        """Free slots a prefill may fill for this layer: up to its even share."""
-        share = self.n_slots // len(self._held)
-        return max(0, min(share - len(self._held[layer]), self._spare(layer)))
+    def worth_keeping(self, layer: int, chosen: Ids, last: bool) -> list[int] | None:
+        """What `use` should keep of the ids [S, k] a step chose; None: all of them.
+
+        Of a prefill: what its last token chose, as decoding goes on from there, and where slots
+        are free the most wanted ones, up to the layer's even share.
+        """
+        if len(chosen) <= DECODE_ROWS:
+            return None
+        held = len(self._held[layer])
+        room = min(self.n_slots // len(self._held) - held, self._spare(layer))
+        experts, counts = np.unique(chosen, return_counts=True)
+        wanted = experts[np.argsort(-counts, kind="stable")][: max(0, room)]
+        tail = np.unique(chosen[-1]).tolist() if last else []
+        return list(dict.fromkeys([*tail, *wanted.tolist()]))
 
     def rebuild(self, content: Mapping[int, Key]) -> None:
         """Start again from what the slots really hold, after an error or an interrupt."""

@@ -16,16 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ds4py.config import ModelConfig
 from ds4py.experts.layout import maps_of
 from ds4py.experts.options import StreamingOptions
-from ds4py.experts.policy import online_policy
+from ds4py.experts.policy import DECODE_ROWS, Ids, online_policy
 from ds4py.experts.probe import choose_depth
 from ds4py.experts.reader import Readers, ReadInto, RecordReader
 from ds4py.experts.section import STAGING, Section
@@ -36,10 +34,6 @@ from ds4py.model.block import Block
 from ds4py.model.fused import Streams
 from ds4py.model.moe import ExpertSource, ResidentExperts
 
-Ids = npt.NDArray[np.integer[Any]]
-
-DECODE_ROWS = 8
-"""Steps of at most this many tokens are decoding (and drafts): their experts stay in memory."""
 SURE = 4
 """Read a whole layer ahead when a chunk chooses this many times as often as there are experts."""
 STEPS_REMEMBERED = 4096
@@ -192,7 +186,7 @@ class StreamedExperts(ExpertSource):
         section, experts = self._section[layer], np.unique(chosen).tolist()
         stalled = section.stall_s
         decoding = len(chosen) <= DECODE_ROWS
-        keep = None if decoding else self._worth_keeping(section, layer, chosen)
+        keep = section.residency.worth_keeping(layer, chosen, self._last)
         placed = section.place(layer, experts, self._now, keep)
         ahead = partial(self._look_ahead, layer + 1, decoding)
         observe = partial(self.observe, layer) if self.observe is not None else None
@@ -250,15 +244,6 @@ class StreamedExperts(ExpertSource):
         place[experts] = np.arange(len(experts))
         records = section.pool.records[mx.array(list(slots.values()))]
         return (*maps_of(self.records[layer], records, self.config), place)
-
-    def _worth_keeping(self, section: Section, layer: int, chosen: Ids) -> list[int]:
-        """Of a prefill: what its last token chose, as decoding goes on from there, and where slots
-        are free the most wanted ones."""
-        tail = sorted(set(chosen[-1].tolist())) if self._last else []
-        room = section.residency.room(layer)
-        counts = np.bincount(chosen.ravel(), minlength=self.config.n_routed_experts)
-        wanted = [int(e) for e in np.argsort(-counts, kind="stable")[:room] if counts[e]]
-        return list(dict.fromkeys([*tail, *wanted]))
 
     def _look_ahead(self, layer: int, decoding: bool) -> None:
         """Start reading what is known of the layer that comes next."""

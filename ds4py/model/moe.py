@@ -20,8 +20,8 @@ ExpertWeight = Weight | PackedWeight
 class RoutingTrace(Protocol):
     """Sees which experts were chosen."""
 
-    def step(self, tokens: Array) -> None:
-        """A step over these tokens [S] begins."""
+    def step(self, n_tokens: int, last: bool) -> None:
+        """A step over that many tokens begins; `last` as in `ExpertSource.begin`."""
         ...
 
     def chosen(self, layer: int, ids: Array) -> None:
@@ -39,7 +39,7 @@ class ExpertSource(ABC):
     def begin(self, tokens: Array, last: bool) -> None:
         """A step over tokens [S] begins. last: its logits are wanted, so decoding may follow."""
         if self.trace is not None:
-            self.trace.step(tokens)
+            self.trace.step(tokens.shape[0], last)
 
     def foresee(self, layer: int, streams: Array) -> None:
         """The streams [S, H, D] that enter `layer`'s feed-forward: a hint for the next layer."""
