@@ -3,31 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import cast
 
 import mlx.core as mx
 
-from ds4py.cache.state import SequenceState
+from ds4py.cache.state import Delta, Frontier, SequenceState
 from ds4py.engine.sampling import Sampler
 from ds4py.model.transformer import Transformer
 
+TOGETHER = 8
+"""Most sequences in one step: what the decode kernels read weights once for."""
 
-def decode(
-    model: Transformer, state: SequenceState, logits: mx.array, sampler: Sampler, n_tokens: int
-) -> Iterator[tuple[int, mx.array]]:
-    """Yield up to `n_tokens` (token id, logits after it); each is in the state when it is yielded.
 
-    logits [1, V]: those after the state's last token. The step after a token is launched before the
-    token is handed out, so that a GPU works while the caller prints.
-    """
-    token = sampler(logits[-1], state.position)
-    for _ in range(n_tokens):
-        logits, delta = model.step(token[None], state)
-        state.commit(delta, 1)
-        following = sampler(logits[-1], state.position)
-        mx.async_eval(following, logits, *state.pending())  # bounds the graph to one step
-        yield (
-            cast(int, token.item()),
-            logits,
-        )  # waits for the step before, not for the one just launched
-        token = following
+class Decoder:
+    """Decodes any number of sequences of one model; those that wait for a token share a step."""
+
+    def __init__(self, model: Transformer):
+        self._model = model
+        self._streams: list[_Stream] = []
+
+    def stream(
+        self, state: SequenceState, logits: mx.array, sampler: Sampler, n_tokens: int
+    ) -> Iterator[tuple[int, mx.array]]:
+        """Yield up to `n_tokens` (token id, logits after it); each is in the state when it is
+        yielded, and nothing else is in a state whose stream was closed.
+
+        logits [1, V]: those after the state's last token. The step after a token is launched before
+        the token is handed out, so that a GPU works while the caller prints.
+        """
+        stream = _Stream(state, sampler, logits)
+        self._streams.append(stream)
+        try:
+            for _ in range(n_tokens):
+                if stream.ahead is None:
+                    if stream.failed is not None:
+                        raise stream.failed
+                    self._step(stream)
+                token, logits = stream.take()
+                # waits for the step before, not for the one just launched
+                yield cast(int, token.item()), logits
+        finally:
+            self._streams.remove(stream)
+            stream.step_back()
+
+    def _step(self, first: _Stream) -> None:
+        """One step for `first` and for others that were handed all they have."""
+        others = (s for s in self._streams if s is not first and not (s.ahead or s.failed))
+        streams = [first, *islice(others, TOGETHER - 1)]
+        tokens = mx.stack([stream.token for stream in streams])
+        logits, deltas = self._model.step_together(tokens, [(s.state, 1) for s in streams])
+        for i, (stream, delta) in enumerate(zip(streams, deltas, strict=True)):
+            stream.advance(delta, logits[i : i + 1])
+        pending = [array for stream in streams for array in stream.state.pending()]
+        mx.async_eval([s.token for s in streams], logits, pending)  # bounds the graph to one step
+
+
+class _Stream:
+    """One sequence that is being decoded."""
+
+    def __init__(self, state: SequenceState, sampler: Sampler, logits: mx.array):
+        self.state, self.sampler = state, sampler
+        self.token = sampler(logits[-1], state.position)
+        """The next one to step over, a lazy scalar."""
+        self.ahead: tuple[mx.array, mx.array] | None = None
+        """A token in the state that was not handed out yet, and the logits after it."""
+        self.failed: Exception | None = None
+        """Why no token follows: choosing it failed, which is nobody else's fault."""
+        self._around: tuple[Frontier, Frontier] | None = None
+        """Of the state before and after the token `ahead`."""
+
+    def advance(self, delta: Delta, logits: mx.array) -> None:
+        """Take the step over `token` into the state and choose the next; logits [1, V]."""
+        before = self.state.frontier
+        self.state.commit(delta, 1)
+        self._around = before, self.state.frontier
+        self.ahead = self.token, logits
+        try:
+            self.token = self.sampler(logits[-1], self.state.position)
+        except Exception as error:
+            self.failed = error
+
+    def take(self) -> tuple[mx.array, mx.array]:
+        made, self.ahead, self._around = self.ahead, None, None
+        assert made is not None
+        return made
+
+    def step_back(self) -> None:
+        """Out of the state with a token that was not handed out, unless its session went on."""
+        if self._around is not None and self.state.frontier is self._around[1]:
+            self.state.restore(self._around[0])
+        self._around = None

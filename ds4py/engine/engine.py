@@ -20,6 +20,7 @@ from ds4py.cache.rows import row_formats
 from ds4py.config import ModelConfig
 from ds4py.engine import memory
 from ds4py.engine.checkpoints import TURNS_KEPT
+from ds4py.engine.decode import Decoder
 from ds4py.engine.memory import MemoryPlan
 from ds4py.engine.options import EngineOptions
 from ds4py.engine.session import Session, check_tokens
@@ -127,6 +128,7 @@ class Engine:
             if wishes.slots is None:
                 self.plan = memory.refit(self.plan, self.config, records)
             streamed.start(self.plan.slots, self.model.blocks)
+        self.decoder = Decoder(self.model)
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0}
 
     @classmethod

@@ -18,7 +18,6 @@ from ds4py.cache import snapshot
 from ds4py.cache.snapshot import Image, capture, capture_frontier, frontier_of
 from ds4py.cache.state import Frontier
 from ds4py.engine.checkpoints import GRID, MOST_BYTES, Checkpoints
-from ds4py.engine.decode import decode
 from ds4py.engine.options import SamplingOptions
 from ds4py.engine.sampling import Constraint, Logprobs, Sampler, logprobs
 from ds4py.engine.stopping import StopStrings
@@ -152,7 +151,7 @@ class Session:
         n_tokens = room if options.max_tokens is None else min(options.max_tokens, room)
         sampler = Sampler(options, self._tokens, self._engine.config.vocab_size, constraint)
         self.seed = sampler.seed
-        steps = decode(self._model, self._state, logits, sampler, n_tokens)
+        steps = self._engine.decoder.stream(self._state, logits, sampler, n_tokens)
         try:
             yield from self._tokens_of(steps, options, n_tokens)
         finally:

@@ -13,7 +13,7 @@ from ds4py.cache.state import LayerDelta, Series
 from ds4py.config import LayerPlan
 from ds4py.kernels.ops import Array, LinearMaps
 from ds4py.model.fused import Fused
-from ds4py.model.plan import StepPlan
+from ds4py.model.plan import StepPlans
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ class Attention:
     """How many those are at most: index_topk."""
     rows: RowFormat
 
-    def __call__(self, x: Array, plan: StepPlan) -> tuple[Array, LayerDelta]:
-        """x [S, D], normed -> wo_b's input [S, G*o_lora] and what the layer adds to the state."""
+    def __call__(self, x: Array, plans: StepPlans) -> tuple[Array, list[LayerDelta]]:
+        """x [S, D], normed, of all sequences -> wo_b's input [S, G*o_lora] and what the layer adds
+        to each state."""
         projected = self.fused.project(x, self.w_in)
         queries = self.fused.queries(projected, self)
-        heads, delta = self.fused.prepare(projected, queries, self, plan)
-        chosen = self.fused.choose(heads, delta, self, plan)
-        o = self.fused.attend(heads, delta, chosen, self, plan)
-        return self.fused.grouped(o, self.wo_a), delta
+        prepared = self.fused.prepare(projected, queries, self, plans)
+        outputs = []
+        for plan, (heads, delta) in zip(plans.each, prepared, strict=True):
+            chosen = self.fused.choose(heads, delta, self, plan)
+            outputs.append(self.fused.attend(heads, delta, chosen, self, plan))
+        o = outputs[0] if len(outputs) == 1 else self.fused.ops.concatenate(outputs)
+        return self.fused.grouped(o, self.wo_a), [delta for _, delta in prepared]

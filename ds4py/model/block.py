@@ -10,7 +10,7 @@ from ds4py.kernels.ops import Array
 from ds4py.model.attention import Attention
 from ds4py.model.fused import Fused, Streams
 from ds4py.model.moe import MoE
-from ds4py.model.plan import StepPlan
+from ds4py.model.plan import StepPlans
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Block:
     ffn: MoE
 
     def __call__(
-        self, streams: Streams, tokens: Array, plan: StepPlan, reader: HyperWeights
-    ) -> tuple[Streams, LayerDelta]:
-        """tokens [S] -> the streams after the layer, for `reader`, and the layer's delta."""
+        self, streams: Streams, tokens: Array, plans: StepPlans, reader: HyperWeights
+    ) -> tuple[Streams, list[LayerDelta]]:
+        """tokens [S] of all sequences -> the streams after the layer, for `reader`, and what the
+        layer adds to each sequence."""
         x, residual = self.fused.enter(streams, self.hc_attn, self.attn_norm)
-        y, delta = self.attn(x, plan)
+        y, deltas = self.attn(x, plans)
         streams = self.fused.leave(y, self.attn.wo_b, residual, self.hc_ffn)
         self.ffn.experts.foresee(self.ffn.index, streams.values)
         x, residual = self.fused.enter(streams, self.hc_ffn, self.ffn_norm)
-        return self.ffn(x, tokens, residual, reader), delta
+        return self.ffn(x, tokens, residual, reader), deltas

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ds4py.model.attention import Attention
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
-    from ds4py.model.plan import StepPlan
+    from ds4py.model.plan import StepPlan, StepPlans
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ class Fused(Protocol):
         ...
 
     def prepare(
-        self, projected: Any, queries: Any, layer: Attention, plan: StepPlan
-    ) -> tuple[Heads, LayerDelta]:
-        """Norm and rotate queries; norm, rotate and pack the new rows; pool windows that close."""
+        self, projected: Any, queries: Any, layer: Attention, plans: StepPlans
+    ) -> list[tuple[Heads, LayerDelta]]:
+        """Norm and rotate queries; norm, rotate and pack the new rows; pool windows that close:
+        for each sequence of the step. What follows looks at one sequence's rows at a time."""
         ...
 
     def choose(self, heads: Heads, delta: LayerDelta, layer: Attention, plan: StepPlan) -> Any:

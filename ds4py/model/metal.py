@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ds4py.model.attention import Attention
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
-    from ds4py.model.plan import Closing, StepPlan
+    from ds4py.model.plan import Closing, StepPlan, StepPlans
 
 Packed = tuple[PackedMatrix, ...]
 
@@ -110,6 +110,16 @@ class Metal(Reference):
         return self._dense(projected, layer.w_q, norm=layer.q_norm, eps=eps)
 
     def prepare(
+        self, projected: Array, queries: Array, layer: Attention, plans: StepPlans
+    ) -> list[tuple[Heads, LayerDelta]]:
+        if len(plans.each) == 1:
+            return [self._prepare(projected, queries, layer, plans.each[0])]
+        return [
+            self._prepare(projected[rows], queries[rows], layer, plan)
+            for plan, rows in zip(plans.each, plans.rows, strict=True)
+        ]
+
+    def _prepare(
         self, projected: Array, queries: Array, layer: Attention, plan: StepPlan
     ) -> tuple[Heads, LayerDelta]:
         main, index = layer.compressor, layer.indexer

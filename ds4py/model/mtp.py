@@ -17,7 +17,7 @@ from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, LinearMaps, Ops
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused
-from ds4py.model.plan import Frequencies, StepPlan
+from ds4py.model.plan import Frequencies, StepPlan, StepPlans
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ class DraftLayer:
         plan = StepPlan(self.ops, self.config, self.freqs, state, n_tokens)
         tokens = self.ops.array(next_tokens)
         z = self.fused.draft(self, streams, tokens)
-        z, delta = self.block(z, tokens, plan, self.hc_head)
+        z, deltas = self.block(z, tokens, StepPlans([plan]), self.hc_head)
         logits = self.fused.head(z, self.hc_head, self.norm, self.head)
-        return logits, Delta(n_tokens, [delta], z.values)
+        return logits, Delta(n_tokens, deltas, z.values)

@@ -6,6 +6,7 @@ position and the number of new tokens only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -92,6 +93,29 @@ class StepPlan:
 
     def _rotation(self, freqs: rope.F32, width: int) -> rope.Rotation:
         return rope.rotation(self.ops, self.positions, freqs, width)
+
+
+class StepPlans:
+    """A step of one or several sequences, whose tokens follow one another: S in all."""
+
+    def __init__(self, each: Sequence[StepPlan]):
+        self.each = tuple(each)
+        ends = np.cumsum([plan.n_tokens for plan in self.each]).tolist()
+        self.rows = [slice(e - plan.n_tokens, e) for e, plan in zip(ends, self.each, strict=True)]
+        """Which of the S are each sequence's."""
+        self.positions = np.concatenate([plan.positions for plan in self.each])
+        self._turns: dict[bool, rope.Rotation] = {}
+
+    def turn(self, layer: LayerPlan) -> rope.Rotation:
+        """For q and window rows of a layer, [S, head_dim]."""
+        first = self.each[0]
+        if len(self.each) == 1:
+            return first.turn(layer)
+        if layer.compressed not in self._turns:
+            freqs = first.freqs.compressed if layer.compressed else first.freqs.sliding
+            width = first.config.head_dim
+            self._turns[layer.compressed] = rope.rotation(first.ops, self.positions, freqs, width)
+        return self._turns[layer.compressed]
 
 
 class Closing:

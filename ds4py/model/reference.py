@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ds4py.model.attention import Attention, Compressor
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
-    from ds4py.model.plan import Closing, StepPlan
+    from ds4py.model.plan import Closing, StepPlan, StepPlans
 
 
 @dataclass(frozen=True)
@@ -51,39 +51,38 @@ class Reference:
         projected: tuple[Array, ...],
         queries: tuple[Array, ...],
         layer: Attention,
-        plan: StepPlan,
-    ) -> tuple[Heads, LayerDelta]:
+        plans: StepPlans,
+    ) -> list[tuple[Heads, LayerDelta]]:
         c, ops, eps = self.config, self.ops, self.config.rms_norm_eps
-        turn = plan.turn(layer.layer)
+        turn = plans.turn(layer.layer)
         _, row, *inputs = projected
         query, *index_query = queries
         q = query.reshape(-1, c.num_attention_heads, c.head_dim)
         q = rotate(ops, rms_norm(ops, q, None, eps), turn)  # [S, heads, head_dim]
         row = rotate(ops, rms_norm(ops, row, layer.kv_norm, eps), turn)  # [S, head_dim]
-        delta = LayerDelta(window=layer.rows.pack(row))
-        for compressor, raw in zip((layer.compressor, layer.indexer), inputs, strict=False):
-            if compressor is not None:
-                self._compress(compressor, raw, delta, layer.slot, plan, q.dtype)
-        return Heads(q, (*index_query, *inputs[2:])), delta
+        window = layer.rows.pack(row)
+        index = (*index_query, *inputs[2:])
+        values: dict[str, Array] = {}  # [value | score + APE] [S, 2*c*d] float32
+        compressors = [c for c in (layer.compressor, layer.indexer) if c is not None]
+        for compressor, raw in zip(compressors, inputs, strict=False):
+            phase = ops.array(plans.positions % compressor.series.ratio)
+            values[compressor.series.name] = raw + compressor.ape[phase]
+        prepared = []
+        for plan, at in zip(plans.each, plans.rows, strict=True):
+            delta = LayerDelta(window[at], {name: v[at] for name, v in values.items()})
+            for compressor in compressors:
+                self._complete(compressor, delta, layer.slot, plan, q.dtype)
+            prepared.append((Heads(q[at], tuple(x[at] for x in index)), delta))
+        return prepared
 
-    def _compress(
-        self,
-        compressor: Compressor,
-        projected: Array,
-        delta: LayerDelta,
-        slot: int,
-        plan: StepPlan,
-        dtype: Dtype,
+    def _complete(
+        self, compressor: Compressor, delta: LayerDelta, slot: int, plan: StepPlan, dtype: Dtype
     ) -> None:
-        """Run one compressor over the new tokens: projected [value | score] [S, 2*c*d] float32.
-
-        The same with APE on the scores, and the rows the new tokens complete, go into the delta.
-        """
+        """The rows that the new tokens complete go into the delta."""
         ops, s, closing = self.ops, compressor.series, plan.closing[compressor.series.name]
-        phase = ops.array(plan.positions % s.ratio)
-        values = delta.values[s.name] = projected + compressor.ape[phase]
         if not closing.n_new:
             return
+        values = delta.values[s.name]
         first_token = s.ratio * (closing.n_old - s.overlap + 1)  # of the oldest window needed
         begin = first_token - (plan.start - s.history)
         n_tokens = s.ratio * (closing.n_new + s.overlap - 1)

@@ -6,6 +6,7 @@ hd head_dim, E routed experts, k experts per token, I expert width, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused, Streams
 from ds4py.model.moe import ExpertSource
-from ds4py.model.plan import Frequencies, StepPlan
+from ds4py.model.plan import Frequencies, StepPlan, StepPlans
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,36 @@ class Transformer:
     ) -> tuple[mx.array, Delta]:
         """tokens [S] after `state` -> float32 logits of the last `n_logits` positions (all by
         default) [n, V], and the delta. The state is not changed."""
+        logits, (delta,) = self.step_together(tokens, [(state, tokens.shape[0])], n_logits)
+        return logits, delta
+
+    def step_together(
+        self,
+        tokens: Array,
+        sequences: Sequence[tuple[SequenceState, int]],
+        n_logits: int | None = None,
+    ) -> tuple[mx.array, list[Delta]]:
+        """One step of several sequences, which share every read of weights.
+
+        tokens [S]: the new ones of all sequences, one sequence after the other; sequences: each
+        state and how many of the tokens are its own. -> logits as `step`, and a delta for each.
+        A row is computed as it would be alone.
+        """
+        plans = StepPlans(
+            [StepPlan(self.ops, self.config, self.freqs, *sequence) for sequence in sequences]
+        )
         n_tokens = tokens.shape[0]
-        plan = StepPlan(self.ops, self.config, self.freqs, state, n_tokens)
         tokens = self.ops.array(tokens)
         self.experts.begin(tokens, last=n_logits != 0)
         readers = [*(block.hc_attn for block in self.blocks), self.hc_head]
         streams = self.fused.embed(self.embed, tokens, self.config.hc_mult, readers[0])
-        deltas: list[LayerDelta] = []
+        added: list[list[LayerDelta]] = []
         for block, reader in zip(self.blocks, readers[1:], strict=True):
-            streams, delta = block(streams, tokens, plan, reader)
-            deltas.append(delta)
+            streams, deltas = block(streams, tokens, plans, reader)
+            added.append(deltas)
         logits = self._logits(streams, n_tokens if n_logits is None else n_logits)
-        return logits, Delta(n_tokens, deltas, streams.values)
+        made = zip(sequences, zip(*added, strict=True), plans.rows, strict=True)
+        return logits, [Delta(n, list(layers), streams.values[at]) for (_, n), layers, at in made]
 
     def _logits(self, streams: Streams, n: int) -> mx.array:
         """Float32 logits of the last n positions, [n, V]."""
