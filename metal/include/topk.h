@@ -66,10 +66,7 @@ template <uint K, uint N>
 inline TopList offer(threadgroup uint* keys, threadgroup uint* ids, threadgroup uint* counts,
                      TopList list, uint key, uint id, uint thread_id) {
   static_assert(N >= K + TOPK_THREADS, "a cut list has room for one pair of each thread");
-  if (list.count + TOPK_THREADS > N) {
-    list = keep_best<K, N>(keys, ids, list, thread_id);
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // all have read the K-th
-  }
+  if (list.count + TOPK_THREADS > N) list = keep_best<K, N>(keys, ids, list, thread_id);
   const bool wanted = key != 0 && ranks_before(key, id, list.key, list.id);
   const uint before = simd_prefix_exclusive_sum(wanted ? 1u : 0u);
   if (thread_id % 32 == 31) counts[thread_id / 32] = before + (wanted ? 1u : 0u);
