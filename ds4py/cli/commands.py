@@ -97,6 +97,10 @@ ThinkFirst = Annotated[
     bool, typer.Option("--think/--no-think", help="Reason first where a request does not say.")
 ]
 StrictModel = Annotated[bool, typer.Option("--strict-model", help="Refuse names of other models.")]
+Origins = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ORIGIN", help="A web page that may use the server. Repeatable."),
+]
 MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="Longest body of a request.")]
 KvMemory = Annotated[
     str | None,
@@ -272,6 +276,7 @@ def serve(
     queue: Queue = 64,
     think: ThinkFirst = True,
     strict_model: StrictModel = False,
+    allow_origin: Origins = None,
     max_body: MaxBody = "64MB",
     kv_memory: KvMemory = None,
     kv_dir: KvDir = None,
@@ -304,6 +309,7 @@ def serve(
         queue=queue,
         thinking=think,
         strict_model=strict_model,
+        origins=tuple(allow_origin or ()),
         max_body=max_body,
         kv_memory=kv_memory,
         grace_s=grace,

@@ -38,6 +38,7 @@ class ServeOptions:
     queue: int
     thinking: bool
     strict_model: bool
+    origins: tuple[str, ...]
     max_body: str
     kv_memory: str | None
     grace_s: float
@@ -65,6 +66,7 @@ def run(settings: Settings, options: ServeOptions) -> int:
         api_key=options.api_key,
         check_host=local,
         strict_model=options.strict_model,
+        origins=options.origins,
         thinking=options.thinking,
         max_body=parse_size(options.max_body),
         state=make_private(kv_directory(settings.kv_dir)),

@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ds4py.errors import InputError
-from ds4py.server import anthropic
+from ds4py.server import anthropic, metrics
 from ds4py.server import body as bodies
 from ds4py.server.anthropic import CountBody, MessagesBody, MessagesExchange
 from ds4py.server.errors import ApiError, NotReady
@@ -44,6 +45,12 @@ AnyBody = TypeVar("AnyBody", bound=bodies.Body)
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 REQUEST_ID = "ds4.request_id"
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page is one file and asks nobody but this server."""
 OPEN_PATHS = ("/health", "/")
 """Paths that need no key: a page without secrets and the question whether anybody is there."""
 
@@ -55,6 +62,8 @@ class Rules:
     api_key: str | None = None
     check_host: bool = True
     """Refuse other names than this machine's: a web page cannot reach us by a name of its own."""
+    origins: tuple[str, ...] = ()
+    """Web pages that may use the server although they are not its own."""
     strict_model: bool = False
     """Refuse names of models that are not ours. Otherwise any name means the one there is."""
     thinking: bool = True
@@ -281,8 +290,24 @@ async def health(request: HttpRequest) -> Response:
     return reply({"status": "ok", "active": worker.n_active, "waiting": worker.n_waiting})
 
 
-async def root(request: HttpRequest) -> Response:
-    return reply({"name": "ds4", "models": "/v1/models"})
+async def told_status(request: HttpRequest) -> Response:
+    return reply(metrics.status(request.app.state.service.worker))
+
+
+async def told_metrics(request: HttpRequest) -> Response:
+    text = metrics.prometheus(request.app.state.service.worker)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def props(request: HttpRequest) -> Response:
+    """The context, where llama.cpp's clients look for it."""
+    writer = request.app.state.service.writer
+    return reply({"default_generation_settings": {"n_ctx": writer.context}, "total_slots": 1})
+
+
+async def page(request: HttpRequest) -> Response:
+    headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
 
 def reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -337,7 +362,8 @@ class Guard:
         if by_tcp and self.rules.check_host and not _is_local(host):
             raise ApiError(f"the Host {host[:80]!r} is not this server", 403)
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
+        own = origin is not None and origin.partition("://")[2] == host
+        if origin is not None and not own and origin not in self.rules.origins:
             raise ApiError(f"pages of {origin[:80]!r} may not use this server", 403)
         if self.rules.api_key is None or scope["path"] in OPEN_PATHS:
             return
@@ -384,9 +410,17 @@ def make_app(service: Service) -> ASGIApp:
             route("/tokenize", tokenize, "POST"),
             route("/detokenize", detokenize, "POST"),
             route("/health", health, "GET"),
-            route("/", root, "GET"),
+            route("/status", told_status, "GET"),
+            route("/metrics", told_metrics, "GET"),
+            route("/props", props, "GET"),
+            route("/", page, "GET"),
         ],
         exception_handlers={HTTPException: told, ApiError: told, Exception: told},
     )
     app.state.service = service
-    return Guard(app, service.rules)
+    guard = Guard(app, service.rules)
+    if not service.rules.origins:
+        return guard
+    return CORSMiddleware(
+        guard, allow_origins=service.rules.origins, allow_methods=["*"], allow_headers=["*"]
+    )

@@ -20,11 +20,11 @@ from ds4py.server.respond import to_json
 class Connection(H11Protocol):
     """uvicorn's, with three timers and a cap."""
 
-    HEAD_S: ClassVar = 20.0
+    HEAD_S: ClassVar[float] = 20.0
     """How long a request's head may take to arrive."""
-    STALLED_S: ClassVar = 120.0
+    STALLED_S: ClassVar[float] = 120.0
     """How long a client may leave its answer unread."""
-    MAX_CONNECTIONS: ClassVar = 1000
+    MAX_CONNECTIONS: ClassVar[int] = 1000
     """Beyond this the connection that has been idle longest is closed for each new one."""
 
     _head_timer: asyncio.TimerHandle | None = None

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -28,6 +29,8 @@ from ds4py.server.worker import Worker
 MAX_UNIX_PATH = 103
 """Bytes of a socket's path; macOS has room for no more."""
 BACKLOG = 512
+SPARE_FILES = 128
+"""File descriptors for everything that is no connection: macOS gives a process 256 in all."""
 
 Announce = Callable[[Callable[[], object]], None]
 """Called when the model is loaded and requests are answered, with what stops the server."""
@@ -122,6 +125,18 @@ def _remove_stale(path: Path) -> None:
     raise InputError(f"another server listens on {path}; stop it or choose another --uds")
 
 
+def _allow_files(connection: type[Connection]) -> None:
+    """Have file descriptors for the connections there may be, or fewer connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connection.MAX_CONNECTIONS + SPARE_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    connection.MAX_CONNECTIONS = min(connection.MAX_CONNECTIONS, max(soft - SPARE_FILES, 16))
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, with signals left to `run`."""
 
@@ -136,12 +151,14 @@ def run(
     listeners: list[socket.socket],
     grace_s: float,
     announce: Announce,
+    connection: type[Connection] = Connection,
 ) -> None:
     """Serve until a signal comes. Raises what kept the model from being loaded."""
+    _allow_files(connection)
     service = Service(worker, rules)
     config = uvicorn.Config(
         make_app(service),
-        http=Connection,
+        http=connection,
         ws="none",
         lifespan="off",
         loop="asyncio",

@@ -26,6 +26,9 @@ from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallSta
 
 log = logging.getLogger("ds4.server")
 
+MOST_AT_ONCE = 64
+"""Events in one write: a model faster than the network must not keep the write from happening."""
+
 Record = Callable[[list[str], Turn], None]
 """Keeps a turn under the ids of its calls."""
 
@@ -119,17 +122,20 @@ class Inbox:
         Raises ConnectionResetError when the client has gone.
         """
         try:
-            item = await asyncio.wait_for(self._queue.get(), timeout)
+            return self._taken(await asyncio.wait_for(self._queue.get(), timeout))
         except TimeoutError:
             return None
+
+    def ready(self) -> list[tuple[int, Event]]:
+        """A few of the events that are there already. Raises as `next`."""
+        n = min(self._queue.qsize(), MOST_AT_ONCE)
+        return [self._taken(self._queue.get_nowait()) for _ in range(n)]
+
+    def _taken(self, item: tuple[int, Event] | None) -> tuple[int, Event]:
         if item is None:
             raise ConnectionResetError
         self._n_taken += 1
         return item
-
-    def ready(self) -> bool:
-        """Whether `next` would give an event at once."""
-        return not self._queue.empty()
 
     async def watch(self, receive: Receive) -> None:
         """Wait until the client has gone; then `next` says so, after what is already there."""
@@ -228,10 +234,9 @@ class Stream(Answering):
         if item is None:
             return self._exchange.beat()
         frames = ""
-        while item is not None:
-            await self._add(*item)
-            frames += self._exchange.event(*item)
-            item = await self._inbox.next(0.01) if self._inbox.ready() else None
+        for index, event in (item, *self._inbox.ready()):
+            await self._add(index, event)
+            frames += self._exchange.event(index, event)
         return frames
 
 
@@ -260,9 +265,11 @@ class Whole(Answering):
             status, body = error.status, self._exchange.error(error)
             for name, value in error.headers().items():
                 self.headers[name] = value
+        text = to_json(body)
         if not started:
+            self.headers["content-length"] = str(len(text.encode()))
             await self._start(send, status)
-        await _send_body(send, to_json(body), more=False)
+        await _send_body(send, text, more=False)
 
     async def _start(self, send: Send, status: int) -> None:
         await send({"type": "http.response.start", "status": status, "headers": self.raw_headers})

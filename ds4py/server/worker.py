@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 from ds4py.engine.engine import Engine
 from ds4py.engine.scheduler import Scheduler
@@ -47,6 +47,7 @@ class Job:
     session: Session | None = None
     reading: Iterator[tuple[int, int]] | None = None
     tokens: Iterator[Token] | None = None
+    n_read: int = 0
 
 
 @dataclass
@@ -59,7 +60,10 @@ class Counters:
     refused: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    completion_tokens: int = 0
+    read_tokens: int = 0
+    """Of prompts, those that were not cached, as they are read."""
+    written_tokens: int = 0
+    """Of answers, as they are written."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
@@ -106,6 +110,10 @@ class Worker:
         self.opened = threading.Event()
         """Set when the model is loaded, or cannot be."""
         self.counters = Counters()
+        self.sessions: dict[str, int] = {}
+        """The scheduler's statistics when a request last came or went."""
+        self.engine_stats: dict[str, Any] = {}
+        """The engine's statistics at the same moment."""
 
     def start(self) -> None:
         """Load the model and begin."""
@@ -227,6 +235,7 @@ class Worker:
                 continue
             self._active.append(job)
             job.generation = Generation(job.request, prompt, self.engine.tokenizer)
+            self._take_stock()
 
     def _turn(self) -> None:
         """One slice of one prompt, if it is time for one, and one token for every answer."""
@@ -259,6 +268,8 @@ class Worker:
                 job.reading = generation.read(session, size)
             progress = next(job.reading, None)
             if progress is not None:
+                self.counters.read_tokens += progress[0] - job.n_read
+                job.n_read = progress[0]
                 job.deliver([Reading(*progress)])
             elif session.position >= self.engine.context:
                 self._deliver(job, generation.full())
@@ -279,6 +290,7 @@ class Worker:
             self._fail(job, token)
         else:
             assert job.generation is not None
+            self.counters.written_tokens += 1
             self._deliver(job, job.generation.take(token))
 
     def _deliver(self, job: Job, events: list[Event]) -> None:
@@ -295,7 +307,6 @@ class Worker:
         assert finished is not None
         counters.prompt_tokens += finished.usage.prompt
         counters.cached_tokens += finished.usage.cached
-        counters.completion_tokens += finished.usage.completion
         counters.prefill_s += finished.prefill_s
         counters.decode_s += finished.decode_s
         counters.finished[finished.reason] = counters.finished.get(finished.reason, 0) + 1
@@ -318,6 +329,13 @@ class Worker:
             self._scheduler.release(job.session, awaiting_tool=calls)
             job.session = None
         self._retry_at = 0.0
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        """Copy what other threads may ask about the engine and its sessions."""
+        assert self._scheduler is not None and self.engine is not None
+        self.sessions = dict(self._scheduler.stats())
+        self.engine_stats = dict(self.engine.stats())
 
     def _end_all(self) -> None:
         with self._wake:

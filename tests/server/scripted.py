@@ -21,6 +21,7 @@ from ds4py import assets
 from ds4py.engine.session import Token, check_tokens
 from ds4py.server import listen
 from ds4py.server.app import Rules
+from ds4py.server.connection import Connection
 from ds4py.server.worker import Worker
 from ds4py.text import tokenizer as tokenizers
 from ds4py.text.detokenizer import Detokenizer
@@ -51,6 +52,8 @@ class Script:
     before_slice: Callable[[int], None] = lambda position: None
     prompts: list[list[int]] = field(default_factory=list)
     """What was asked."""
+    closed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    """Released whenever an answer ends, however it does."""
     n_open: int = 0
     """Answers being written now."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -116,6 +119,7 @@ class ScriptedSession:
                     return
         finally:
             script.n_open -= 1
+            script.closed.release()
 
 
 class ScriptedEngine:
@@ -131,6 +135,9 @@ class ScriptedEngine:
             vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.eos_id
         )
         self.options = SimpleNamespace(prefill_chunk=512)
+
+    def stats(self) -> dict[str, Any]:
+        return {"model": self.name}
 
 
 class ScriptedScheduler:
@@ -152,6 +159,9 @@ class ScriptedScheduler:
         self.n_lent -= 1
         self.free.append(session)
 
+    def stats(self) -> dict[str, int]:
+        return {"live": len(self.free) + self.n_lent, "busy": self.n_lent, "kv_bytes": 0}
+
     def close(self) -> None:
         self.free.clear()
 
@@ -160,7 +170,12 @@ class Running(Clients):
     """A server in a thread of this process, on TCP and, if wanted, a Unix socket."""
 
     def __init__(
-        self, engine: Any, rules: Rules | None = None, slots: int = 4, queue: int = 64
+        self,
+        engine: Any,
+        rules: Rules | None = None,
+        slots: int = 4,
+        queue: int = 64,
+        connection: type[Connection] = Connection,
     ) -> None:
         super().__init__()
         self.engine = engine
@@ -173,7 +188,7 @@ class Running(Clients):
         self._stop: Callable[[], object] = lambda: None
         self._thread = threading.Thread(
             target=listen.run,
-            args=(self.worker, rules or Rules(), [listener], 0.2, self._announced),
+            args=(self.worker, rules or Rules(), [listener], 0.2, self._announced, connection),
             daemon=True,
         )
 
@@ -191,6 +206,13 @@ class Running(Clients):
         self._stop()
         self._thread.join(30)
         assert not self._thread.is_alive()
+
+    def post(self, path: str, body: Any) -> socket.socket:
+        """A connection on which a request was sent."""
+        connection, text = self.connect(), json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n\r\n"
+        connection.sendall(head.encode() + text)
+        return connection
 
     def connect(self) -> socket.socket:
         """A bare connection."""

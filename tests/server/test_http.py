@@ -158,6 +158,21 @@ def test_other_hosts_and_origins_are_refused(served: Any) -> None:
         assert "access-control-allow-origin" not in response.headers
 
 
+def test_origins_that_are_allowed() -> None:
+    rules = Rules(origins=("https://mine.example",), api_key="k")
+    running = Running(ScriptedEngine(Script(["x"])), rules)
+    with running as server, httpx2.Client(base_url=server.url) as http:
+        origin = {"origin": "https://mine.example"}
+        preflight = {**origin, "access-control-request-method": "POST"}
+        response = http.options(CHAT, headers=preflight)
+        assert response.headers["access-control-allow-origin"] == "https://mine.example"
+        response = http.post(CHAT, json=HELLO, headers={**origin, "x-api-key": "k"})
+        assert response.is_success
+        assert response.headers["access-control-allow-origin"] == "https://mine.example"
+        response = http.post(CHAT, json=HELLO, headers={"origin": "https://other.example"})
+        assert response.status_code == 403
+
+
 def test_keys() -> None:
     rules = Rules(api_key="secret")
     with Running(ScriptedEngine(Script(["hello"])), rules) as server:
