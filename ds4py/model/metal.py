@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Packed = tuple[PackedMatrix, ...]
 
-PLAIN = ("choose", "route", "draft", "commit", "sample")
+PLAIN = ("route", "draft", "commit", "sample")
 """Operations that run as plain MLX operations, wholly or in part."""
 
 
@@ -182,12 +182,25 @@ class Metal(Reference):
         """int32 [S, index_topk], or None while every visible row fits."""
         if layer.indexer is None:
             return None
-        closing = plan.closing[layer.indexer.series.name]
-        if closing.n_old + closing.n_new <= layer.n_chosen:
+        name = layer.indexer.series.name
+        closing = plan.closing[name]
+        n_rows = closing.n_old + closing.n_new
+        if n_rows <= layer.n_chosen:
             return None
-        q, weights = heads.index
-        score = self._scores(q, weights, delta.rows.get(layer.indexer.series.name), layer, plan)
-        return index.select(self.ops, score, closing.visible, layer.n_chosen)[0]
+        query, weights = heads.index
+        return index.search(
+            self.launcher,
+            self.shapes[layer.layer.ratio],
+            query,
+            weights,
+            plan.state.rows[name].data if closing.n_old else None,
+            delta.rows.get(name),
+            n_rows,
+            closing.visible,
+            integers(layer.slot, plan.state.slot[name, layer.slot]),
+            closing.step,
+            layer.n_chosen,
+        )
 
     def attend(
         self,
