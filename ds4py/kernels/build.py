@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from ds4py import assets
 from ds4py.errors import KernelError, OptionsError
@@ -103,11 +104,14 @@ class Launcher:
         make: Make = METAL_KERNEL,
         finish: Callable[[list[Array]], Any] | None = None,
         read: Callable[[str], KernelText] = read_kernel,
+        adopt: Callable[[npt.NDArray[Any]], mx.array] = mx.array,
     ):
         """make: builds a kernel, once per name. finish: waits for the outputs of the first launch
         of every variant, so that a text that does not compile is reported by name instead of in
-        the evaluation of a whole step; None: never wait. read: finds a kernel's text."""
+        the evaluation of a whole step; None: never wait. read: finds a kernel's text. adopt: host
+        memory -> a device array."""
         self._make, self._finish, self._read = make, finish, read
+        self.adopt = adopt
         self._kernels: dict[str, Callable[..., list[Array]]] = {}
         self._finished: set[Any] = set()
         self.counters: Counter[str] = Counter()

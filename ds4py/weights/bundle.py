@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from ds4py.config import ModelConfig
 from ds4py.errors import WeightsError
@@ -22,7 +18,7 @@ from ds4py.formats.gguf_blocks import FORMATS, block_format, decode
 from ds4py.formats.safetensors import TensorEntry, read_header
 from ds4py.weights import names
 from ds4py.weights.checkpoint import F32, Checkpoint, Progress, check_tensors
-from ds4py.weights.source import StoredMatrix
+from ds4py.weights.source import PackedLayer, StoredMatrix
 
 RECIPE = "recipe.json"
 DENSE = "dense.safetensors"
@@ -33,17 +29,6 @@ ROUTED = re.compile(r"(layers|mtp)\.(\d+)\.ffn\.experts\.(\d+)\.w([123])\.weight
 def experts_file(layer: int) -> str:
     """The file with one layer's records; draft layers follow the main model's."""
     return f"experts-{layer:02d}.safetensors"
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """The routed experts of one layer."""
-
-    records: npt.NDArray[np.uint8]
-    """[E, record_bytes]"""
-    layout: RecordLayout
-    formats: tuple[str, str, str]
-    """Of gate, up and down."""
 
 
 def layout_of(config: ModelConfig, formats: tuple[str, str, str]) -> RecordLayout:

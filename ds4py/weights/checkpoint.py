@@ -15,7 +15,7 @@ from ds4py.formats import fp_blocks
 from ds4py.formats.gguf_blocks import mxfp4_from_fp4
 from ds4py.formats.safetensors import TensorEntry, read_directory
 from ds4py.weights import names
-from ds4py.weights.source import FP8, StoredMatrix
+from ds4py.weights.source import FP8, PackedLayer, StoredMatrix
 
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -78,6 +78,10 @@ class Checkpoint:
         if entry.dtype == "F8_E4M3":
             return StoredMatrix(FP8, fp_blocks.fp8_rows(data, exponents))
         return StoredMatrix("MXFP4", mxfp4_from_fp4(data, exponents))
+
+    def packed(self, layer: int) -> PackedLayer | None:
+        """A checkpoint has no records."""
+        return None
 
     def floats(self, name: str) -> F32:
         """A tensor stored as F32, BF16 or F16, as float32."""

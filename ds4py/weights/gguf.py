@@ -23,10 +23,10 @@ from ds4py.formats import fp_blocks, gguf_blocks
 from ds4py.formats.gguf import GGUF, TensorInfo, size_of
 from ds4py.formats.gguf_blocks.scales import are_finite
 from ds4py.weights import names
-from ds4py.weights.bundle import PackedLayer, layout_of
+from ds4py.weights.bundle import layout_of
 from ds4py.weights.checkpoint import Progress
 from ds4py.weights.gguf_config import is_dspark
-from ds4py.weights.source import StoredMatrix
+from ds4py.weights.source import PackedLayer, StoredMatrix
 
 F32 = npt.NDArray[np.float32]
 

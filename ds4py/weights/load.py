@@ -27,10 +27,8 @@ from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies
 from ds4py.model.reference import Reference
 from ds4py.model.transformer import Transformer
-from ds4py.weights.bundle import Bundle, PackedLayer
-from ds4py.weights.gguf import GGUFCheckpoint
 from ds4py.weights.maps import FloatMaps, Maps, PackedMaps, Part
-from ds4py.weights.source import Source
+from ds4py.weights.source import PackedLayer, Source
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Loader:
         self.maps: Maps = FloatMaps(self.checkpoint, self.ops, self.dtype)
         if self.launcher is not None:
             self.fused = Metal(self.ops, self.config, self.launcher, self.dtype, self.native_rows)
-            self.maps = PackedMaps(self.checkpoint, self.dtype)
+            self.maps = PackedMaps(self.checkpoint, self.dtype, self.launcher.adopt)
         self.resident = ResidentExperts(self.ops, self.config.swiglu_limit)
         self.experts: ExpertSource = self.streamed or self.resident
         if self.trained_rounding:
@@ -205,10 +203,9 @@ class Loader:
         )
 
     def _experts(self, layer: int, prefix: str) -> tuple[ExpertWeight, ExpertWeight]:
-        if isinstance(self.checkpoint, Bundle | GGUFCheckpoint):
-            packed = self.checkpoint.packed(layer)
-            if packed is not None:
-                return self._packed_experts(packed)
+        packed = self.checkpoint.packed(layer)
+        if packed is not None:
+            return self._packed_experts(packed)
         if self.launcher is not None:
             return self._packed_experts(self._records(prefix))
         c, matrix = self.config, self.checkpoint.matrix
@@ -233,7 +230,7 @@ class Loader:
         return PackedLayer(records, layout, (gate.format, up.format, down.format))
 
     def _packed_experts(self, layer: PackedLayer) -> tuple[PackedWeight, PackedWeight]:
-        records = self.ops.array(layer.records)
+        records = self.maps.array(layer.records)
         gate, up, down = zip(layer.layout.slices(), layer.formats, strict=True)
         c = self.config
         return (

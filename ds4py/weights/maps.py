@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from ds4py.kernels.formats import PackedMatrix, row_values
 from ds4py.kernels.ops import F32, Array, Dtype, LinearMaps, Ops, Weight
@@ -29,6 +30,10 @@ TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 class Maps(Protocol):
     """What the loader asks for; names as in `Source.matrix`."""
+
+    def array(self, host: npt.NDArray[Any]) -> Array:
+        """Bytes and numbers as they are."""
+        ...
 
     def pack(self, parts: Sequence[Part]) -> LinearMaps:
         """Maps that share an input."""
@@ -54,6 +59,9 @@ class FloatMaps:
     source: Source
     ops: Ops
     dtype: Dtype
+
+    def array(self, host: npt.NDArray[Any]) -> Array:
+        return self.ops.array(host)
 
     def pack(self, parts: Sequence[Part]) -> Weight:
         return self.ops.pack([(self._read(p), self._dtype(p)) for p in parts])
@@ -82,6 +90,11 @@ class PackedMaps:
 
     source: Source
     dtype: Dtype
+    adopt: Callable[[npt.NDArray[Any]], mx.array]
+    """Host memory -> a device array."""
+
+    def array(self, host: npt.NDArray[Any]) -> Array:
+        return self.adopt(host)
 
     def pack(self, parts: Sequence[Part]) -> LinearMaps:
         return tuple(self._matrix(name) for part in parts for name in part.names)
@@ -92,14 +105,14 @@ class PackedMaps:
     def table(self, name: str) -> Array:
         stored = self.source.stored(name)
         if stored.format in TYPES:
-            return mx.array(stored.rows).view(TYPES[stored.format])
+            return self.adopt(stored.rows).view(TYPES[stored.format])
         return mx.array(self.source.matrix(name)).astype(self.dtype)
 
     def mix(self, name: str) -> Weight:
         fn = self.source.floats(name)
-        return Weight((mx.array(fn),), (fn.shape[0],))
+        return Weight((self.adopt(fn),), (fn.shape[0],))
 
     def _matrix(self, name: str) -> PackedMatrix:
         stored = self.source.stored(name)
         n_in = row_values(stored.format, stored.rows.shape[1])
-        return PackedMatrix(stored.format, mx.array(stored.rows), n_in)
+        return PackedMatrix(stored.format, self.adopt(stored.rows), n_in)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py.config import ModelConfig
+from ds4py.formats.bundle import RecordLayout
 
 PLAIN = ("F32", "F16", "BF16")
 """Formats of rows without blocks."""
@@ -27,6 +28,17 @@ class StoredMatrix:
     """A GGUF block format, one of PLAIN, or FP8."""
     rows: npt.NDArray[np.uint8]
     """[out, bytes of a row]"""
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """The routed experts of one layer."""
+
+    records: npt.NDArray[np.uint8]
+    """[E, record_bytes]"""
+    layout: RecordLayout
+    formats: tuple[str, str, str]
+    """Of gate, up and down."""
 
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -85,6 +97,10 @@ class Source(Protocol):
 
     def stored(self, name: str) -> StoredMatrix:
         """`name`.weight as it lies in the file, FP8 and FP4 with their scales in the rows."""
+        ...
+
+    def packed(self, layer: int) -> PackedLayer | None:
+        """One layer's experts as records of blocks, where the file has blocks."""
         ...
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:

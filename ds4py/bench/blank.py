@@ -1,0 +1,67 @@
+"""A model of the released dimensions without weights, to count what a step would do.
+
+Every matrix has the format that the default recipe gives it and no memory behind it: its array is
+never computed. What is built from it is the graph of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ds4py.config import ModelConfig
+from ds4py.kernels.formats import row_bytes
+from ds4py.quant.recipe import DEFAULT, KEEP, class_of
+from ds4py.weights import names
+from ds4py.weights.bundle import layout_of
+from ds4py.weights.source import Entry, PackedLayer, StoredMatrix
+
+KEPT = "BF16"
+"""What the released checkpoints store of what the recipe keeps."""
+
+
+class Blank:
+    """A `Source` of zeros: all rows are views of one byte."""
+
+    has_draft = False
+    entries: Mapping[str, Entry] = {}
+    files: Sequence[Path] = ()
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self._shapes = names.expected(config)
+
+    def stored(self, name: str) -> StoredMatrix:
+        fmt = DEFAULT[class_of(f"{name}.weight")]
+        fmt = KEPT if fmt == KEEP else fmt
+        n_out, n_in = self._shapes[f"{name}.weight"]
+        return StoredMatrix(fmt, _zeros((n_out, row_bytes(fmt, n_in)), np.uint8))
+
+    def packed(self, layer: int) -> PackedLayer:
+        gate, up, down = (DEFAULT[f"routed.{part}"] for part in ("gate", "up", "down"))
+        layout = layout_of(self.config, (gate, up, down))
+        records = _zeros((self.config.n_routed_experts, layout.record_bytes), np.uint8)
+        return PackedLayer(records, layout, (gate, up, down))
+
+    def matrix(self, name: str) -> npt.NDArray[np.float32]:
+        return self.floats(f"{name}.weight")
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        return _zeros(self._shapes[name], np.float32)
+
+    def integers(self, name: str) -> npt.NDArray[np.int32]:
+        return _zeros(self._shapes[name], np.int32)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def unallocated(host: npt.NDArray[Any]) -> mx.array:
+    """An array of that shape that is never computed."""
+    return mx.zeros(host.shape, getattr(mx, host.dtype.name))

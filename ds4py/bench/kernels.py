@@ -1,0 +1,155 @@
+"""What one step costs, counted without running it: launches, bytes, host time.
+
+The step is built exactly as the decode loop builds it, inside a trace of MLX's, where kernels may
+be launched without a GPU; nothing is computed. Launches are counted in the graph, those of MLX's
+own operations too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Container
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from time import process_time
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy.typing as npt
+
+from ds4py.bench.blank import Blank, unallocated
+from ds4py.cache.rows import capacity
+from ds4py.cache.state import Frontier, SequenceState
+from ds4py.config import ModelConfig
+from ds4py.engine.options import SamplingOptions
+from ds4py.engine.sampling import Sampler
+from ds4py.kernels.build import METAL_KERNEL, Launcher
+from ds4py.kernels.ops import Array, MlxOps, Ops
+from ds4py.model.transformer import Transformer
+from ds4py.weights.load import Loader
+
+VIEWS = frozenset(
+    "AsStrided Broadcast BroadcastAxes ExpandDims Flatten Reshape Slice Split Squeeze StopGradient "
+    "Transpose Unflatten View".split()
+)
+"""MLX operations that only look at their input in another way."""
+KERNEL = "CustomKernel"
+REPEAT = 5
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step, its commit and the choice of the next token."""
+
+    position: int
+    """Tokens before the step."""
+    n_tokens: int
+    kernels: dict[str, int]
+    """Launches of the project's kernels, by name."""
+    operations: dict[str, int]
+    """Launches of MLX's own operations, by primitive; a concatenation is one per input."""
+    largest: tuple[str, int]
+    """The kernel with the largest new buffer, and its bytes."""
+    build_ms: float
+    """Processor time of building the step: the least of several."""
+
+    @property
+    def launches(self) -> int:
+        return sum(self.kernels.values()) + sum(self.operations.values())
+
+
+class _Traced(Exception):
+    """Ends a trace before MLX would evaluate what it captured."""
+
+
+def trace_step(config: ModelConfig, position: int, n_tokens: int = 1) -> StepCost:
+    """A step of `n_tokens` after `position` tokens, with weights of the default recipe."""
+    launcher = _Recorder()
+    loader = Loader(Blank(config), cast(Ops, MlxOps()), mx.bfloat16, True, True, launcher)
+    model = loader.transformer()
+    found: list[StepCost] = []
+
+    def traced(tokens: mx.array) -> mx.array:
+        best = float("inf")
+        for _ in range(REPEAT):
+            launcher.clear()
+            state = state_at(model, position)
+            known, _ = _graph([*launcher.adopted, *state.pending()])
+            start = process_time()
+            arrays = _step(model, state, tokens)
+            best = min(best, process_time() - start)
+        kernels, operations = dict(launcher.counters), _operations(arrays, known)
+        cost = StepCost(position, n_tokens, kernels, operations, launcher.largest, 1000 * best)
+        found.append(cost)
+        raise _Traced
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Traced):
+        path, tokens = str(Path(folder) / "step"), mx.zeros((n_tokens,), mx.int32)
+        mx.export_function(path, traced, tokens)
+    return found[0]
+
+
+def _step(model: Transformer, state: SequenceState, tokens: mx.array) -> list[Array]:
+    """As `engine.decode` does it."""
+    logits, delta = model.step(tokens, state, 1)
+    state.commit(delta, tokens.shape[0])
+    sampler = Sampler(SamplingOptions(seed=1), [], logits.shape[-1])
+    return [sampler(logits[-1], state.position), logits, *state.pending()]
+
+
+def state_at(model: Transformer, position: int) -> SequenceState:
+    """A sequence of that length, never computed."""
+    state = model.new_state()
+    for s in state.series:
+        store = state.rows[s.name]
+        n_layers, _, width = store.data.shape
+        store.data = mx.zeros((n_layers, capacity(s.count(position)), width), store.data.dtype)
+    values = {name: mx.zeros(v.shape) for name, v in state.frontier.values.items()}
+    window = mx.zeros(state.frontier.window.shape, state.frontier.window.dtype)
+    state.frontier = Frontier(position, window, values)
+    return state
+
+
+class _Recorder(Launcher):
+    """A launcher that remembers the largest buffer of a step."""
+
+    def __init__(self) -> None:
+        super().__init__(METAL_KERNEL, adopt=self._adopt)
+        self.largest = ("", 0)
+        self.adopted: list[mx.array] = []
+
+    def _adopt(self, host: npt.NDArray[Any]) -> mx.array:
+        self.adopted.append(unallocated(host))
+        return self.adopted[-1]
+
+    def clear(self) -> None:
+        self.counters.clear()
+        self.largest = ("", 0)
+
+    def launch(self, name: str, *rest: Any) -> list[Array]:
+        for shape, dtype in rest[-1]:
+            self.largest = max(self.largest, (name, prod(shape) * dtype.size), key=lambda x: x[1])
+        return super().launch(name, *rest)
+
+
+def _operations(arrays: list[Array], known: Container[str]) -> dict[str, int]:
+    """Launches of MLX's own operations in the graph below `arrays`, without `known` nodes."""
+    nodes, inputs = _graph(arrays)
+    counted: Counter[str] = Counter()
+    for node, name in nodes.items():
+        if name != KERNEL and name not in VIEWS and node not in known:
+            counted[name] += inputs[node] if name == "Concatenate" else 1
+    return dict(counted)
+
+
+def _graph(arrays: list[Array]) -> tuple[dict[str, str], Counter[str]]:
+    """The primitives below some arrays, and how many inputs each has."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *arrays)
+    nodes = dict(re.findall(r'\{ (\d+) \[label ="(\w+)"', text.getvalue()))
+    return nodes, Counter(re.findall(r"-> (\d+)$", text.getvalue(), re.MULTILINE))
