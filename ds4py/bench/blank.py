@@ -1,12 +1,12 @@
 """A model of the released dimensions without weights, to count what a step would do.
 
-Every matrix has the format that the default recipe gives it and no memory behind it: its array is
-never computed. What is built from it is the graph of a step.
+No matrix has memory behind it: its array is never computed. What is built from it is the graph of
+a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ import numpy.typing as npt
 
 from ds4py.config import ModelConfig
 from ds4py.kernels.formats import row_bytes
-from ds4py.quant.recipe import DEFAULT, KEEP, class_of
 from ds4py.weights import names
 from ds4py.weights.bundle import layout_of
 from ds4py.weights.source import Entry, PackedLayer, StoredMatrix
 
-KEPT = "BF16"
-"""What the released checkpoints store of what the recipe keeps."""
+FormatOf = Callable[[str], str]
+"""Name of a tensor -> the format it is stored in."""
 
 
 class Blank:
@@ -32,18 +31,18 @@ class Blank:
     entries: Mapping[str, Entry] = {}
     files: Sequence[Path] = ()
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self, config: ModelConfig, format_of: FormatOf):
+        self.config, self._format_of = config, format_of
         self._shapes = names.expected(config)
 
     def stored(self, name: str) -> StoredMatrix:
-        fmt = DEFAULT[class_of(f"{name}.weight")]
-        fmt = KEPT if fmt == KEEP else fmt
+        fmt = self._format_of(f"{name}.weight")
         n_out, n_in = self._shapes[f"{name}.weight"]
         return StoredMatrix(fmt, _zeros((n_out, row_bytes(fmt, n_in)), np.uint8))
 
     def packed(self, layer: int) -> PackedLayer:
-        gate, up, down = (DEFAULT[f"routed.{part}"] for part in ("gate", "up", "down"))
+        expert = "layers.0.ffn.experts.0"
+        gate, up, down = (self._format_of(f"{expert}.{w}.weight") for w in ("w1", "w3", "w2"))
         layout = layout_of(self.config, (gate, up, down))
         records = _zeros((self.config.n_routed_experts, layout.record_bytes), np.uint8)
         return PackedLayer(records, layout, (gate, up, down))

@@ -22,7 +22,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy.typing as npt
 
-from ds4py.bench.blank import Blank, unallocated
+from ds4py.bench.blank import Blank, FormatOf, unallocated
 from ds4py.cache.rows import capacity
 from ds4py.cache.state import Frontier, SequenceState
 from ds4py.config import ModelConfig
@@ -67,10 +67,14 @@ class _Traced(Exception):
     """Ends a trace before MLX would evaluate what it captured."""
 
 
-def trace_step(config: ModelConfig, position: int, n_tokens: int = 1) -> StepCost:
-    """A step of `n_tokens` after `position` tokens, with weights of the default recipe."""
+def trace_step(
+    config: ModelConfig, format_of: FormatOf, position: int, n_tokens: int = 1
+) -> StepCost:
+    """A step of `n_tokens` after `position` tokens."""
     launcher = _Recorder()
-    loader = Loader(Blank(config), cast(Ops, MlxOps()), mx.bfloat16, True, True, launcher)
+    loader = Loader(
+        Blank(config, format_of), cast(Ops, MlxOps()), mx.bfloat16, True, True, launcher
+    )
     model = loader.transformer()
     found: list[StepCost] = []
 
@@ -81,7 +85,7 @@ def trace_step(config: ModelConfig, position: int, n_tokens: int = 1) -> StepCos
             state = state_at(model, position)
             known, _ = _graph([*launcher.adopted, *state.pending()])
             start = process_time()
-            arrays = _step(model, state, tokens)
+            arrays = _step(model, state, tokens, launcher)
             best = min(best, process_time() - start)
         kernels, operations = dict(launcher.counters), _operations(arrays, known)
         cost = StepCost(position, n_tokens, kernels, operations, launcher.largest, 1000 * best)
@@ -94,11 +98,13 @@ def trace_step(config: ModelConfig, position: int, n_tokens: int = 1) -> StepCos
     return found[0]
 
 
-def _step(model: Transformer, state: SequenceState, tokens: mx.array) -> list[Array]:
+def _step(
+    model: Transformer, state: SequenceState, tokens: mx.array, launcher: Launcher
+) -> list[Array]:
     """As `engine.decode` does it."""
     logits, delta = model.step(tokens, state, 1)
     state.commit(delta, tokens.shape[0])
-    sampler = Sampler(SamplingOptions(seed=1), [], logits.shape[-1])
+    sampler = Sampler(SamplingOptions(seed=1), [], logits.shape[-1], launcher=launcher)
     return [sampler(logits[-1], state.position), logits, *state.pending()]
 
 

@@ -11,12 +11,18 @@ Shapes: L layers, W window, r ratio, c overlap (2 for ratio 4, else 1), d row wi
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ds4py.cache.rows import RowFormats, RowStore, capacity
 from ds4py.config import LayerPlan, ModelConfig
-from ds4py.kernels.ops import Array, Ops
+from ds4py.kernels.ops import Array
+from ds4py.kernels.state import stack_ref
+
+Stack = Callable[..., Array]
+"""As `kernels.state.stack_ref` from its second argument on: layers' new rows, how many to take and
+to keep, and the rows before them."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,16 @@ class Frontier:
 class SequenceState:
     """The mutable state of one sequence. Not shared between threads."""
 
-    def __init__(self, config: ModelConfig, plans: Sequence[LayerPlan], formats: RowFormats):
+    def __init__(
+        self,
+        config: ModelConfig,
+        plans: Sequence[LayerPlan],
+        formats: RowFormats,
+        stack: Stack | None = None,
+    ):
+        """stack: how a commit stacks layers; None: by plain operations."""
         self.ops = ops = formats.attention.ops
+        self._stack = stack or partial(stack_ref, ops)
         self.series = series_of(config, plans)
         self.formats = {
             s.name: formats.index if s.indexed else formats.attention for s in self.series
@@ -160,19 +174,19 @@ class SequenceState:
         for s in self.series:
             n_rows = s.count(frontier.position) - s.count(old)
             if n_rows:
-                parts = [delta.layers[layer].rows[s.name][:n_rows] for layer in s.layers]
-                self.rows[s.name].write(s.count(old), self.ops.stack(parts))
+                parts = [delta.layers[layer].rows[s.name] for layer in s.layers]
+                self.rows[s.name].write(s.count(old), self._stack(parts, n_rows, n_rows))
         self.frontier = frontier  # the one assignment that makes it real
 
     def after(self, delta: Delta, n_tokens: int) -> Frontier:
         """The frontier that `commit(delta, n_tokens)` would leave."""
         assert 0 < n_tokens <= delta.n_tokens
-        ops, old, values = self.ops, self.frontier, {}
+        old, values = self.frontier, {}
         for s in self.series:
-            parts = [delta.layers[layer].values[s.name][:n_tokens] for layer in s.layers]
-            values[s.name] = _last(ops, old.values[s.name], ops.stack(parts), s.history)
-        window = ops.stack([part.window[:n_tokens] for part in delta.layers])
-        window = _last(ops, old.window, window, old.window.shape[1])
+            parts = [delta.layers[layer].values[s.name] for layer in s.layers]
+            values[s.name] = self._stack(parts, n_tokens, s.history, old.values[s.name])
+        parts = [part.window for part in delta.layers]
+        window = self._stack(parts, n_tokens, old.window.shape[1], old.window)
         return Frontier(old.position + n_tokens, window, values)
 
     def checkpoint(self, frontier: Frontier) -> Frontier:
@@ -222,10 +236,3 @@ class SequenceState:
         per_row = {name: store.data.shape[0] * store.row_bytes for name, store in self.rows.items()}
         rows = (capacity(s.count(position)) * per_row[s.name] for s in self.series)
         return self._empty().n_bytes + sum(rows)
-
-
-def _last(ops: Ops, old: Array, new: Array, n: int) -> Array:
-    """The last n entries of old followed by new, along axis 1."""
-    if new.shape[1] >= n:
-        return new[:, new.shape[1] - n :]
-    return ops.concatenate([old[:, new.shape[1] :], new], axis=1)

@@ -101,6 +101,8 @@ class Engine:
                 f"context is {options.context}; this model was made for at most {longest} tokens"
             )
         ops, dtype, launcher = build.choose(options.kernels, options.dtype, launcher)
+        self.launcher = launcher
+        """Runs the Metal kernels; None: plain operations."""
         self.tokenizer: Tokenizer | None = files.tokenizer()
         source = files.source(progress)
         rounded = options.trained_rounding

@@ -149,7 +149,8 @@ class Session:
                 "the prompt"
             )
         n_tokens = room if options.max_tokens is None else min(options.max_tokens, room)
-        sampler = Sampler(options, self._tokens, self._engine.config.vocab_size, constraint)
+        vocab_size, launcher = self._engine.config.vocab_size, self._engine.launcher
+        sampler = Sampler(options, self._tokens, vocab_size, constraint, launcher)
         self.seed = sampler.seed
         steps = self._engine.decoder.stream(self._state, logits, sampler, n_tokens)
         try:

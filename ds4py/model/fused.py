@@ -9,6 +9,7 @@ Shape letters as in `transformer`: S new tokens, H streams, D hidden, E experts,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -142,4 +143,11 @@ class Fused(Protocol):
         self, streams: Streams, reader: HyperWeights, norm: Array, weight: LinearMaps
     ) -> mx.array:
         """Float32 logits [S, V]."""
+        ...
+
+    def stack(
+        self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
+    ) -> Array:
+        """What a commit keeps: of each layer the last `n_kept` of the old rows [layers, n, width]
+        and the first `n_taken` of the new ones, [S, width] each."""
         ...

@@ -7,7 +7,7 @@ lists it, and the engine's statistics show the list.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
@@ -18,7 +18,7 @@ import mlx.core as mx
 from ds4py.cache.rows import attention_layout, index_layout
 from ds4py.cache.state import LayerDelta
 from ds4py.config import LayerPlan
-from ds4py.kernels import attend, compress, dense, heads, hyper, index, matvec, moe
+from ds4py.kernels import attend, compress, dense, heads, hyper, index, matvec, moe, route, state
 from ds4py.kernels.attend import StoredRows
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.formats import PackedMatrix
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Packed = tuple[PackedMatrix, ...]
 
-PLAIN = ("route", "draft", "commit", "sample")
+PLAIN = ("draft",)
 """Operations that run as plain MLX operations, wholly or in part."""
 
 
@@ -247,10 +247,17 @@ class Metal(Reference):
         return joined(made)
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
-        routing = self._route(self._dense(x, layer.w_in[:1]), layer, tokens)
-        order = mx.argsort(routing.ids, axis=1)  # sums run in ascending expert id
-        ids = mx.take_along_axis(routing.ids, order, axis=1).astype(mx.int32)
-        return Routing(ids, mx.take_along_axis(routing.weights, order, axis=1))
+        logits, c = self._dense(x, layer.w_in[:1]), self.config
+        ids, weights = route.experts(
+            self.launcher,
+            logits,
+            c.num_experts_per_tok,
+            c.routed_scaling_factor,
+            layer.bias,
+            layer.tid2eid,
+            tokens,
+        )
+        return Routing(ids, weights)
 
     def experts(
         self, x: Array, layer: MoE, routing: Routing, residual: Residual, reader: HyperWeights
@@ -302,6 +309,11 @@ class Metal(Reference):
     def head(self, streams: Streams, reader: HyperWeights, norm: Array, weight: Packed) -> mx.array:
         x, _ = self._mix(streams, reader, norm, 0)
         return self._dense(x, weight)
+
+    def stack(
+        self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
+    ) -> Array:
+        return state.stack(self.launcher, layers, n_taken, n_kept, old)
 
     def _dense(self, x: Array, maps: Packed, **how: Any) -> Array:
         """x [S, in] through maps that share it; `how` as in `dense.project`."""

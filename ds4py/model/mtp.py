@@ -45,7 +45,7 @@ class DraftLayer:
 
     def new_state(self) -> SequenceState:
         """The empty draft sequence; its position p holds the pair (X_p, token p+1)."""
-        return SequenceState(self.config, (self.layer,), self.rows)
+        return SequenceState(self.config, (self.layer,), self.rows, self.fused.stack)
 
     def step(
         self, streams: Array, next_tokens: Array, state: SequenceState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import mlx.core as mx
 
 from ds4py.cache.state import LayerDelta
 from ds4py.config import ModelConfig
-from ds4py.kernels import attend, compress, hyper, index, moe, rounding, route
+from ds4py.kernels import attend, compress, hyper, index, moe, rounding, route, state
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
@@ -239,6 +240,11 @@ class Reference:
         x = hyper.collapse_head(self.ops, streams.values, reader)
         x = rms_norm(self.ops, x, norm, reader.norm_eps)
         return self.ops.to_mlx(self.ops.project(x, weight)[0])
+
+    def stack(
+        self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
+    ) -> Array:
+        return state.stack_ref(self.ops, layers, n_taken, n_kept, old)
 
 
 def _all_rows(

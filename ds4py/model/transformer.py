@@ -45,7 +45,7 @@ class Transformer:
 
     def new_state(self) -> SequenceState:
         """The empty sequence."""
-        return SequenceState(self.config, self.config.layers, self.rows)
+        return SequenceState(self.config, self.config.layers, self.rows, self.fused.stack)
 
     def step(
         self, tokens: Array, state: SequenceState, n_logits: int | None = None

@@ -55,6 +55,12 @@ PATTERNS: tuple[tuple[str, str], ...] = (
 )
 
 
+def default_format(name: str, kept: str = "BF16") -> str:
+    """The default recipe's format of a tensor; `kept`: of what it keeps as it is."""
+    chosen = DEFAULT[class_of(name)]
+    return kept if chosen == KEEP else chosen
+
+
 def class_of(name: str) -> str:
     """The class of a checkpoint tensor."""
     return next(kind for pattern, kind in PATTERNS if re.search(pattern, name))

@@ -5,7 +5,9 @@ round trips then moves the logits of its position, so most positions must agree 
 them roughly.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +17,26 @@ from ds4py.kernels.build import Launcher
 
 pytest.importorskip("ziglang")
 from tools.metal_cpu import metal_kernel
+from tools.metal_cpu.arrays import as_numpy
 
 pytestmark = pytest.mark.shader
 
 
+def make(name: str, input_names: list[str], **text: Any) -> Callable[..., list[Any]]:
+    """A kernel on the CPU that also looks at what the project promises MLX: contiguous inputs."""
+    kernel = metal_kernel(name, input_names, **text)
+
+    def call(inputs: Any, **rest: Any) -> list[Any]:
+        for argument, x in zip(input_names, inputs, strict=True):
+            assert as_numpy(x).flags.c_contiguous, f"{name}: {argument} is not contiguous"
+        return kernel(inputs=inputs, **rest)
+
+    return call
+
+
 def engines(path: Path | str) -> tuple[Engine, Engine]:
     """The same model on the reference operations, and on shaders."""
-    metal = Engine.open(path, EngineOptions(kernels="metal"), launcher=Launcher(metal_kernel))
+    metal = Engine.open(path, EngineOptions(kernels="metal"), launcher=Launcher(make))
     return Engine.open(path, EngineOptions()), metal
 
 
