@@ -34,5 +34,5 @@ sublayer_output<TX, K> input = {x};
 tile_dot<F, K, KC, S, ROWS, NSG, 1, T>(rows, n_rows, input, S, xs, (threadgroup uint*)stage, points,
                                        out, sg, lane);
 threadgroup_barrier(mem_flags::mem_threadgroup);
-expand_tile<H, D, R, TILE, NSG, T>(out, mixed, first, n_rows, S, streams, gates, fn, expanded,
+expand_tile<S, H, D, R, TILE, NSG, T>(out, mixed, first, n_rows, S, streams, gates, fn, expanded,
                                    partials + group * S * (R + 1), sg, lane);

@@ -77,5 +77,5 @@ for (int i = int(32 * sg + lane); i < S * TILE; i += 32 * NSG) {
   out[i] = sum;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-expand_tile<H, D, R, TILE, NSG, T>(out, mixed, first, n_rows, S, streams, gates, fn, expanded,
+expand_tile<S, H, D, R, TILE, NSG, T>(out, mixed, first, n_rows, S, streams, gates, fn, expanded,
                                    partials + group * S * (R + 1), sg, lane);

@@ -7,7 +7,7 @@
 // comb[j, k] carries stream j into stream k. streams, expanded: [S, H, D]; fn: [R, H * D].
 // partials [P, S, R + 1] of tile `group`: products with fn's rows, then the sum of squares; P * S *
 // (R + 1) elements before it belong to other tiles. All threads take part; y must be complete.
-template <int H, int D, int R, int TILE, int NSG, typename T>
+template <int S, int H, int D, int R, int TILE, int NSG, typename T>
 inline void expand_tile(threadgroup const float* y, threadgroup float* mixed, int first, int n_rows,
                         int n_s, device const T* streams, device const float* gates,
                         device const float* fn, device T* expanded, device float* partials,
@@ -30,16 +30,23 @@ inline void expand_tile(threadgroup const float* y, threadgroup float* mixed, in
   threadgroup_barrier(mem_flags::mem_threadgroup);
   // A simdgroup reads some rows of fn, 128 bytes at a time, once for all n_s rows of streams.
   for (int row = int(sg); row <= R; row += NSG) {
-    for (int s = 0; s < n_s; s++) {
-      float sum = 0.0f;
-      for (int h = 0; h < H; h++) {
-        for (int r = int(lane); r < n_rows; r += 32) {
+    float sums[S];
+    for (int s = 0; s < S; s++) sums[s] = 0.0f;
+    for (int h = 0; h < H; h++) {
+      for (int r = int(lane); r < n_rows; r += 32) {
+        float factor = row < R ? fn[(row * H + h) * D + first + r] : 0.0f;
+        MLX_MTL_PRAGMA_UNROLL
+        for (int s = 0; s < S; s++) {
+          if (s >= n_s) break;
           float value = mixed[(s * H + h) * TILE + r];
-          sum = fma(row < R ? fn[(row * H + h) * D + first + r] : value, value, sum);
+          sums[s] = fma(row < R ? factor : value, value, sums[s]);
         }
       }
-      sum = simd_sum(sum);
-      if (lane == 0) partials[s * (R + 1) + row] = sum;
+    }
+    MLX_MTL_PRAGMA_UNROLL
+    for (int s = 0; s < S; s++) {
+      float sum = simd_sum(sums[s]);
+      if (lane == 0 && s < n_s) partials[s * (R + 1) + row] = sum;
     }
   }
 }
