@@ -1,14 +1,15 @@
 // inputs: terms streams gates fn n_positions
 // outputs: expanded partials
-// The end of a sublayer for any number of rows: terms [positions, TERMS, D], summed in order, go into
-// the residual streams (expand.h). Eight positions share the reading of fn.
+// The end of a sublayer for any number of rows: terms [positions, TERMS, D], summed in order, go
+// into the residual streams (expand.h). Eight positions share the reading of fn.
 #include "expand.h"
 
 // body
 threadgroup float y[8 * TILE];
 threadgroup float mixed[8 * H * TILE];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
-int group = int(threadgroup_position_in_grid.x), first = group * TILE, n_rows = min(TILE, D - first);
+int group = int(threadgroup_position_in_grid.x);
+int first = group * TILE, n_rows = min(TILE, D - first);
 int position = 8 * int(threadgroup_position_in_grid.y), n_s = min(8, n_positions[0] - position);
 
 for (int i = int(32 * sg + lane); i < n_s * TILE; i += 32 * NSG) {

@@ -1,7 +1,7 @@
 // inputs: x w streams gates fn
 // outputs: expanded partials
-// The matrix that ends a sublayer, its output added to the residual streams (expand.h). A tile is 32
-// channels: enough threadgroups for a large GPU, and fn's rows are read in whole lines.
+// The matrix that ends a sublayer, its output added to the residual streams (expand.h). A tile is
+// 32 channels: enough threadgroups for a large GPU, and fn's rows are read in whole lines.
 #include "matvec.h"
 #include "expand.h"
 
@@ -21,7 +21,8 @@ threadgroup uint2 points[F == FORMAT_IQ2_XXS ? 256 : 1];
 threadgroup float out[S * TILE];
 threadgroup float mixed[S * H * TILE];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
-int group = int(threadgroup_position_in_grid.x), first = group * TILE, n_rows = smaller(TILE, D - first);
+int group = int(threadgroup_position_in_grid.x);
+int first = group * TILE, n_rows = smaller(TILE, D - first);
 
 if (F == FORMAT_IQ2_XXS) {
   for (uint i = 32 * sg + lane; i < 256; i += 32 * NSG) points[i] = iq2_xxs_point(i);

@@ -16,7 +16,8 @@ threadgroup float inverse_rms[BM];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
 FIND_TILE(threadgroup_position_in_grid.y)
 int n_rows = smaller(BN, n - first);
-int position = int(threadgroup_position_in_grid.x) * BM, n_x = smaller(BM, n_positions[0] - position);
+int position = int(threadgroup_position_in_grid.x) * BM;
+int n_x = smaller(BM, n_positions[0] - position);
 
 projected_input<TX, TN, NORM> input = {x + ulong(position) * XSTRIDE + XOFF + group * K, XSTRIDE,
                                        norm_weight, inverse_rms};
@@ -29,7 +30,7 @@ rows.words[0] = (device const uint*)matrix;
 #define RUN(F)                                                                                    \
   if (USED(F) && format == F) {                                                                   \
     constexpr int FORMAT = USED(F) ? F : F0;                                                      \
-    rows.start[0] = ulong(group * n + first) * row_bytes(FORMAT, K);                                 \
+    rows.start[0] = ulong(group * n + first) * row_bytes(FORMAT, K);                               \
     tile_matmul<FORMAT, K, BM, BN, T>(rows, n_rows, input, n_x, tiles, points, sg, lane);         \
   }
 FOR_EACH_FORMAT(RUN)

@@ -1,8 +1,8 @@
 // inputs: h records slots shared_down streams gates fn
 // outputs: expanded partials
-// The second half of the experts' feed-forward: each row's chosen experts and the shared one, summed
-// in that order, and added to the residual streams (expand.h). A threadgroup takes 32 channels of
-// every expert of the step, so that nothing but the sum leaves it.
+// The second half of the experts' feed-forward: each row's chosen experts and the shared one,
+// summed in that order, and added to the residual streams (expand.h). A threadgroup takes 32
+// channels of every expert of the step, so that nothing but the sum leaves it.
 #include "matvec.h"
 #include "expand.h"
 #include "experts.h"
@@ -28,7 +28,8 @@ threadgroup float mixed[S * H * TILE];
 threadgroup int chosen[S * KTOP];
 threadgroup int places[S];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
-int group = int(threadgroup_position_in_grid.x), first = group * TILE, n_rows = smaller(TILE, D - first);
+int group = int(threadgroup_position_in_grid.x);
+int first = group * TILE, n_rows = smaller(TILE, D - first);
 bool writes = sg == 0 && lane == 0;
 
 for (int i = int(32 * sg + lane); i < S * KTOP; i += 32 * NSG) chosen[i] = slots[i];

@@ -1,8 +1,8 @@
 // inputs: x records slots pair_weights shared_gate shared_up limit
 // outputs: h
-// The first half of the experts' feed-forward: weight * silu(min(gate, limit)) * clip(up, limit) for
-// each row's chosen experts and the shared one, in one launch. Row r of an expert's gate and of its
-// up map belong to the same simdgroup, which has both products at hand.
+// The first half of the experts' feed-forward: weight * silu(min(gate, limit)) * clip(up, limit)
+// for each row's chosen experts and the shared one, in one launch. Row r of an expert's gate and of
+// its up map belong to the same simdgroup, which has both products at hand.
 //
 // Grid: tiles of the experts' inner channels, and entries: each (row, choice), then the shared
 // expert, for all rows. Where the rows chose different experts, which is the rule, an entry is one

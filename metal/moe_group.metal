@@ -1,13 +1,12 @@
 // inputs: ids n_positions
 // outputs: order tiles
-// Sorts a prompt's (position, choice) pairs by expert, an expert's pairs in their own order, and cuts
-// them into tiles of BM pairs of one expert. ids: [positions, KTOP], each below E.
-// order: the sorted pairs' numbers; tiles: (expert, first place in order, pairs), unused ones with no
-// pairs.
+// Sorts a prompt's (position, choice) pairs by expert, an expert's pairs in their own order, and
+// cuts them into tiles of BM pairs of one expert. ids: [positions, KTOP], each below E. order: the
+// sorted pairs' numbers; tiles: (expert, first place in order, pairs), unused ones with no pairs.
 //
-// One threadgroup, a thread for each expert (and E / THREADS more), no atomics: every thread counts,
-// then writes, its own expert's pairs, reading the ids from threadgroup memory, all lanes the same
-// word. That is 2 reads per pair and expert, some 10 us for 512 positions.
+// One threadgroup, a thread for each expert (and E / THREADS more), no atomics: every thread
+// counts, then writes, its own expert's pairs, reading the ids from threadgroup memory, all lanes
+// the same word. That is 2 reads per pair and expert, some 10 us for 512 positions.
 #define IDS 2048
 
 // body

@@ -1,6 +1,6 @@
-// Weight formats. A matrix is one array of bytes, a row of it a run of blocks; ggml's formats lie as
-// ggml lays them out, F32, F16 and BF16 are plain, and an FP8 row is its E4M3 bytes followed by one
-// E8M0 scale for every 128 of them.
+// Weight formats. A matrix is one array of bytes, a row of it a run of blocks; ggml's formats lie
+// as ggml lays them out, F32, F16 and BF16 are plain, and an FP8 row is its E4M3 bytes followed by
+// one E8M0 scale for every 128 of them.
 //
 // Everything is read in octets: eight consecutive values of a row. A unit of 256 values is 32
 // octets, one for each lane, so that lanes read neighbouring bytes of the weights and neighbouring
@@ -50,7 +50,9 @@ constexpr int value_bytes(int format, int k) {
 // Bytes of the E8M0 scales at the end of a row of k values.
 constexpr int scale_bytes(int format, int k) { return format == FORMAT_FP8 ? (k + 127) / 128 : 0; }
 
-constexpr int row_bytes(int format, int k) { return value_bytes(format, k) + scale_bytes(format, k); }
+constexpr int row_bytes(int format, int k) {
+  return value_bytes(format, k) + scale_bytes(format, k);
+}
 
 // Whether a value is scale * number - least.
 constexpr bool has_least(int format) { return format == FORMAT_Q2_K || format == FORMAT_Q4_K; }
@@ -123,8 +125,8 @@ inline float half_at(P words, uint at) {
   return float(as_type<half>(ushort(words[at >> 2] >> (8 * (at & 2)))));
 }
 
-// Four bytes at any place. The second word is read only if the first does not hold them all, so that
-// nothing beyond them is touched.
+// Four bytes at any place. The second word is read only if the first does not hold them all, so
+// that nothing beyond them is touched.
 template <typename P>
 inline uint word_at(P words, uint at) {
   uint shift = 8 * (at & 3);
@@ -137,7 +139,8 @@ template <typename P>
 inline uint2 words_at(P words, uint at) {
   uint shift = 8 * (at & 3);
   uint a = words[at >> 2], b = words[(at >> 2) + 1], c = words[(at + 7) >> 2];
-  return uint2((a >> shift) | ((b << 1) << (31 - shift)), (b >> shift) | ((c << 1) << (31 - shift)));
+  return uint2((a >> shift) | ((b << 1) << (31 - shift)),
+               (b >> shift) | ((c << 1) << (31 - shift)));
 }
 
 inline float4 unsigned_bytes(uint word) { return float4(as_type<uchar4>(word)); }
@@ -149,8 +152,8 @@ inline float4 halves(uint even, uint odd) {
   return float4(float(a.x), float(b.x), float(a.y), float(b.y));
 }
 
-// E2M1 in the low nibbles of four bytes, times 2^-14: its exponent and mantissa are a half's, but for
-// the bias.
+// E2M1 in the low nibbles of four bytes, times 2^-14: its exponent and mantissa are a half's, but
+// for the bias.
 inline float4 e2m1(uint word) {
   uint even = ((word & 0x00070007u) << 9) | ((word & 0x00080008u) << 12);
   word >>= 8;
@@ -172,8 +175,8 @@ inline float4 with_signs(float4 x, uint signs) {
 }
 
 // Octet `l` (0..31) of the unit whose bytes begin at `at`; `scales` is where FP8's scales of the
-// row's values from that unit on lie; `points` are IQ2_XXS's. MXFP4 scales from 2^114 and FP8 scales
-// from 2^120 on become infinite, because the power of two above is multiplied into them.
+// row's values from that unit on lie; `points` are IQ2_XXS's. MXFP4 scales from 2^114 and FP8
+// scales from 2^120 on become infinite, because the power of two above is multiplied into them.
 template <int F, typename P>
 inline octet octet_at(P words, uint at, uint l, uint scales, threadgroup const uint2* points) {
   octet o;

@@ -1,5 +1,5 @@
-// Products of many activation rows with packed weights, in tiles of BM rows of activations and BN of
-// weights.
+// Products of many activation rows with packed weights, in tiles of BM rows of activations and BN
+// of weights.
 //
 // Weights are decoded once per tile and 32 inputs into threadgroup memory as float32, where
 // simdgroup matrices take them; so a prompt is computed from the very numbers that decoding uses,
@@ -16,8 +16,8 @@ enum { BN = 64, BK = 32, TILE_STRIDE = BK + 4, OUT_STRIDE = BN + 4, MATMUL_SIMDG
 // Float4s of threadgroup memory for a tile: both operands, then the results in their place.
 constexpr int tile_words(int bm) { return (bm + BN) * TILE_STRIDE / 4; }
 
-// The weight rows of a tile: HALF of them from byte start[0] of words[0] on and, where HALF < BN, as
-// many from start[1] of words[1]. The arrays' lengths are multiples of four bytes.
+// The weight rows of a tile: HALF of them from byte start[0] of words[0] on and, where HALF < BN,
+// as many from start[1] of words[1]. The arrays' lengths are multiples of four bytes.
 template <int HALF> struct tile_rows {
   device const uint* words[2];
   ulong start[2];
@@ -34,7 +34,9 @@ inline void tile_matmul(tile_rows<HALF> weights, int n_rows, X x, int n_x,
   threadgroup float4* ws = tiles + BM * TILE_STRIDE / 4;
   simdgroup_float8x8 sums[ROWS][4];
   MLX_MTL_PRAGMA_UNROLL
-  for (int i = 0; i < ROWS * 4; i++) sums[i / 4][i % 4] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  for (int i = 0; i < ROWS * 4; i++) {
+    sums[i / 4][i % 4] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
   int thread_index = int(32 * sg + lane);
   threadgroup const float* x_block = (threadgroup const float*)xs + sg / 2 * (BM / 2) * TILE_STRIDE;
   threadgroup const float* w_block = (threadgroup const float*)ws + sg % 2 * 32 * TILE_STRIDE;
@@ -54,8 +56,9 @@ inline void tile_matmul(tile_rows<HALF> weights, int n_rows, X x, int n_x,
         int part = row / HALF;
         ulong begin = weights.start[part] + ulong(row % HALF) * row_bytes(F, K);
         uint at = uint(begin & 3);
-        octet w = octet_at<F>(weights.words[part] + (begin >> 2), at + k / 256 * value_bytes(F, 256),
-                              uint(k % 256) / 8, at + value_bytes(F, K) + k / 256 * 2, points);
+        octet w = octet_at<F>(weights.words[part] + (begin >> 2),
+                              at + k / 256 * value_bytes(F, 256), uint(k % 256) / 8,
+                              at + value_bytes(F, K) + k / 256 * 2, points);
         lo = w.lo * w.scale - w.least;
         hi = w.hi * w.scale - w.least;
       }

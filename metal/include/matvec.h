@@ -17,16 +17,16 @@
 
 #include "formats.h"
 
-// Bytes of weights a simdgroup has in flight: a row of 4096 in MXFP4, Q4_K or IQ2_XXS (two), half of
-// one in Q8_0.
+// Bytes of weights a simdgroup has in flight: a row of 4096 in MXFP4, Q4_K or IQ2_XXS (two), half
+// of one in Q8_0.
 constexpr int burst_bytes(int format) { return format == FORMAT_FP8 ? 2048 : 2304; }
 
 // Words of threadgroup memory per simdgroup: a burst, its alignment, FP8's scales.
 enum { STAGE_WORDS = 608 };
 
-// Rows read together: as many as a burst holds whole. Activations are read again for each octet of a
-// row, so with more than two activation rows an octet of them must serve two weight rows, with more
-// than four four, or threadgroup memory would be busier than the memory behind it.
+// Rows read together: as many as a burst holds whole. Activations are read again for each octet of
+// a row, so with more than two activation rows an octet of them must serve two weight rows, with
+// more than four four, or threadgroup memory would be busier than the memory behind it.
 constexpr int rows_together(int format, int k, int n_x, int rows) {
   return smaller(rows, 4 * row_bytes(format, k) <= burst_bytes(format) ||
                          (n_x > 4 && 4 * value_bytes(format, 256) <= burst_bytes(format))
@@ -72,7 +72,8 @@ template <int F, int K, int KC, int R> struct weight_stream {
     return start + ulong(row + q) * ROW + value_bytes(F, p0);
   }
   static ulong end(ulong start, int row, int q, int n, int p0, int p1) {
-    return WHOLE ? start + ulong(row + n) * ROW : begin(start, row, q, p0) + value_bytes(F, p1 - p0);
+    return WHOLE ? start + ulong(row + n) * ROW
+                 : begin(start, row, q, p0) + value_bytes(F, p1 - p0);
   }
 
   void fetch(device const uint4* words, ulong size, ulong start, int row, int n, int p0, int p1,
@@ -89,7 +90,9 @@ template <int F, int K, int KC, int R> struct weight_stream {
           } else {  // the array's last bytes
             uint4 tail = uint4(0, 0, 0, 0);
             device const uchar* bytes = (device const uchar*)words;
-            for (uint j = 0; at + j < size; j++) tail[j >> 2] |= uint(bytes[at + j]) << (8 * (j & 3));
+            for (uint j = 0; at + j < size; j++) {
+              tail[j >> 2] |= uint(bytes[at + j]) << (8 * (j & 3));
+            }
             loaded[q * LOADS + i] = tail;
           }
         }
@@ -156,8 +159,8 @@ template <int K, int KC, int PIECE, int M> struct piece_cursor {
   }
 };
 
-// out[(m * NX + s) * TILE + row] = dot(row of matrix m, x's row s) for the `n_rows` rows of the tile
-// (TILE = ROWS * NSG at most) and the first n_x of NX activation rows. All threads of the
+// out[(m * NX + s) * TILE + row] = dot(row of matrix m, x's row s) for the `n_rows` rows of the
+// tile (TILE = ROWS * NSG at most) and the first n_x of NX activation rows. All threads of the
 // threadgroup take part; out is complete after the caller's next threadgroup barrier.
 //
 // x.four(s, k) gives activations k..k+3 of row s; they are staged, rounded to T, KC of a row at a

@@ -1,5 +1,5 @@
-// The matrices of a launch: w0..w7 with N0..N7 rows (per group) in the formats F0..F7, taken in tiles
-// of TILE rows. Leaves in scope: `matrix`, `n`, `format`, `column` (the matrix's first in the
+// The matrices of a launch: w0..w7 with N0..N7 rows (per group) in the formats F0..F7, taken in
+// tiles of TILE rows. Leaves in scope: `matrix`, `n`, `format`, `column` (the matrix's first in the
 // result), `group`, and `first`, the tile's first row of the matrix.
 
 #define MATRIX_TILES(N) ((N + TILE - 1) / TILE)
@@ -50,7 +50,8 @@ template <typename TX, typename TN, bool NORM> struct projected_input {
   float4 four(int s, int k) const {
     float4 v = load(s, k);
     if (!NORM) return v;
-    float4 weight = float4(float(norm[k]), float(norm[k + 1]), float(norm[k + 2]), float(norm[k + 3]));
+    float4 weight = float4(float(norm[k]), float(norm[k + 1]), float(norm[k + 2]),
+                           float(norm[k + 3]));
     return v * inverse_rms[s] * weight;
   }
 };

@@ -14,8 +14,9 @@ inline bool ranks_before(uint key, uint id, uint other_key, uint other_id) {
   return key > other_key || (key == other_key && id < other_id);
 }
 
-// Bitonic sort of N pairs, the best first. Every comparison puts the better pair at the lower place,
-// so places beyond N, which would hold the worst, can be left out: N need not be a power of two.
+// Bitonic sort of N pairs, the best first. Every comparison puts the better pair at the lower
+// place, so places beyond N, which would hold the worst, can be left out: N need not be a power of
+// two.
 template <uint N>
 inline void sort_pairs(threadgroup uint* keys, threadgroup uint* ids, uint thread_id) {
   for (uint size = 2; size < 2 * N; size *= 2) {
