@@ -197,13 +197,14 @@ class Kernel:
             if state.n_reports:
                 sizes = [h.nbytes for h in hosts]
                 reports = Reader(variant.signature, variant.library, state, sizes).read()
-            self.last = Launch(self.name, mode, reports, self._traffic(variant, mode))
+            self.last = Launch(self.name, mode, reports)
+            if mode == "check":
+                traffic, used = self._traffic(variant), sum(state.array_sizes)
+                self.last = Launch(self.name, mode, reports, traffic, used)
         if reports:
             raise ShaderError("\n".join(map(str, reports)), reports)
 
-    def _traffic(self, variant: Variant, mode: str) -> dict[str, Traffic]:
-        if mode != "check":
-            return {}
+    def _traffic(self, variant: Variant) -> dict[str, Traffic]:
         return {
             described.name: Traffic(b.loaded, b.stored, b.touched, b.useful, b.lines)
             for described, b in zip(variant.signature.buffers, variant.buffers, strict=True)
@@ -219,10 +220,12 @@ def metal_kernel(
     header: str = "",
     ensure_row_contiguous: bool = True,
     atomic_outputs: bool = False,
+    compile_options: Any = None,
 ) -> Callable[..., list[Any]]:
     """Stands in for `mx.fast.metal_kernel`: the same arguments, executed at once on the CPU.
 
-    The callable takes and ignores `stream` and `verbose`, and also takes `seed` and `mode`.
+    compile_options, and `stream` and `verbose` of the callable, make no difference here; the
+    callable also takes `seed` and `mode`.
     """
     kernel = Kernel(
         name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs

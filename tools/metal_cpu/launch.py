@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes as c
-import ctypes.util
 import os
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ LOCK = threading.Lock()
 def runtime() -> Any:
     """The runtime's library; kernels loaded later find its functions and those of libm."""
     if sys.platform != "darwin":
-        c.CDLL(ctypes.util.find_library("m") or "libm.so.6", mode=c.RTLD_GLOBAL)
+        with suppress(OSError):  # musl has these functions in its C library
+            c.CDLL("libm.so.6", mode=c.RTLD_GLOBAL)
     library = c.CDLL(str(toolchain.runtime_library()), mode=c.RTLD_GLOBAL)
     library.msl_run.argtypes = [c.c_void_p]
     library.msl_run.restype = None

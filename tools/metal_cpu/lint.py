@@ -130,14 +130,16 @@ def _type_start(code: list[Token], at: int) -> int:
     while at >= 0:
         token = code[at]
         if token.text == ">":
-            depth = 0
+            depth, close = 0, at
             while at >= 0:
                 depth += (code[at].text == ">") - (code[at].text == "<")
                 if depth == 0:
                     break
                 at -= 1
             at -= 1
-            if at < 0 or code[at].kind != "name" or code[at].text == "template":
+            if at >= 0 and code[at].text == "template":
+                return close + 1
+            if at < 0 or code[at].kind != "name":
                 return end
         elif token.kind == "name" or token.text == "::":
             at -= 1

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools.metal_cpu.lines import line_of
-
 if TYPE_CHECKING:
     from tools.metal_cpu.launch import CLaunch, CReport
     from tools.metal_cpu.source import Buffer, Signature
@@ -77,13 +75,26 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Launch:
-    """The last launch: findings, and traffic by buffer name (check mode)."""
+    """The last launch: findings, and traffic by buffer name (check mode).
+
+    threadgroup_bytes: size of the threadgroup arrays that were used, of 32,768.
+    """
 
     kernel: str
     mode: str
     reports: tuple[Report, ...]
     traffic: dict[str, Traffic] = field(default_factory=dict)
     threadgroup_bytes: int = 0
+
+    @property
+    def loaded(self) -> int:
+        """Bytes loaded from device memory, summed over threads and buffers."""
+        return sum(t.loaded for t in self.traffic.values())
+
+    @property
+    def stored(self) -> int:
+        """Bytes stored to device memory, likewise."""
+        return sum(t.stored for t in self.traffic.values())
 
     @property
     def report(self) -> str:
@@ -101,12 +112,20 @@ class Reader:
         found = [self._read(self.launch.reports[i]) for i in range(self.launch.n_reports)]
         return tuple({r.message.partition("; threadgroup")[0]: r for r in reversed(found)}.values())
 
+    def _line(self, line: int, pc: int) -> int:
+        """The line of the text, from an address in the library if the runtime did not know it."""
+        if line or not pc:
+            return line
+        from tools.metal_cpu.lines import line_of  # slow to import, and wanted after a fault only
+
+        return line_of(self.library, pc)
+
     def _place(self, line: int, pc: int) -> str:
-        line = line or (line_of(self.library, pc) if pc else 0)
+        line = self._line(line, pc)
         return self.signature.place(line) if line else ""
 
     def _quote(self, line: int, pc: int) -> str:
-        line = line or (line_of(self.library, pc) if pc else 0)
+        line = self._line(line, pc)
         if not line:
             return ""
         return f", {self.signature.place(line)}: `{self.signature.line_text(line)}`"
@@ -168,7 +187,7 @@ class Reader:
 
     def _indexed(self, r: CReport) -> str:
         """The array in the line whose index is nearest to the column (r.size) of the fault."""
-        line = r.line or line_of(self.library, r.pc)
+        line = self._line(r.line, r.pc)
         text = self.signature.text.split("\n")[line - 1] if line else ""
         found = re.finditer(r"(\w+)\s*\[", text)
         return min(found, key=lambda m: abs(m.start() + 1 - r.size), default=["", ""])[1]

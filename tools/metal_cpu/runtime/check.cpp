@@ -229,11 +229,15 @@ static void check_byte(const Access& a, Cell& c, int space, uint32_t byte) {
     c.w_epoch = now, c.w_pc = a.pc, c.w_thread = me, c.w_simd = simd;
     return;
   }
-  if (r_epoch == now && (c.r_thread & THREAD) != a.thread) {
+  if (r_epoch == now) {
     bool near = (c.r_thread & THREAD) / 32 == a.thread / 32 && !(c.r_thread & MANY_GROUPS);
-    me = (me & c.r_thread & ATOMIC) | a.thread | (near ? MANY_LANES : MANY_GROUPS);
-  } else if (r_epoch == now) {
-    me = (c.r_thread & ~ATOMIC) | (me & c.r_thread & ATOMIC);
+    bool same = (c.r_thread & (THREAD | MANY_LANES)) == a.thread;
+    me = a.thread | (me & c.r_thread & ATOMIC);
+    if (!near) {
+      me |= MANY_GROUPS;
+    } else if (!same && simd == c.r_simd) {
+      me |= MANY_LANES; // reads before the simdgroup's last barrier are behind all that follows
+    }
   }
   c.r_epoch = now, c.r_pc = a.pc, c.r_thread = me, c.r_simd = simd;
 }

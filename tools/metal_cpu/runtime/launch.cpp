@@ -175,6 +175,7 @@ static Worker* make_worker() {
   w->arena = (uint8_t*)w + (1 << 26);
   if (mprotect(w->arena, ARENA_BYTES, PROT_READ | PROT_WRITE)) abort();
   w->signal_stack = malloc(1 << 16);
+  w->epoch[0] = w->epoch[1] = 1; // what the host wrote before the launch has this one
   return w;
 }
 
@@ -280,6 +281,7 @@ extern "C" void msl_run(msl_launch* l) {
   uint32_t n = l->n_workers < n_groups ? l->n_workers : (uint32_t)n_groups;
   if (n > MAX_WORKERS) n = MAX_WORKERS;
   l->n_reports = 0;
+  memset(l->array_sizes, 0, sizeof l->array_sizes);
   install_handlers();
   work.launch = l, work.bases = bases, work.n_groups = n_groups;
   work.counter = 0, work.failed = 0;
