@@ -11,6 +11,7 @@ import pytest
 from ds4py import Engine, EngineOptions, SamplingOptions, Session
 from ds4py.engine.scheduler import Scheduler
 from ds4py.errors import CapacityError, PromptError
+from ds4py.text.messages import Segment
 from tests.golden.sets import DATA, load
 
 GREEDY = SamplingOptions(max_tokens=12, temperature=0.0, stop_at_eos=False)
@@ -221,7 +222,7 @@ def test_a_reply_in_its_own_spelling_is_found() -> None:
     letters = [t for c in "hello there" for t in tokenizer.encode(f"x{c}")[-1:]]
     eos = [engine.config.eos_token_id]
     spelled = [engine.config.bos_token_id, *letters, *eos]
-    said = [spelled[0], *tokenizer.encode([("", False), (tokenizer.decode(letters), False)]), *eos]
+    said = [spelled[0], *tokenizer.encode([Segment(""), Segment(tokenizer.decode(letters))]), *eos]
     assert said != spelled
     scheduler = Scheduler(engine, ROOM)
     session = scheduler.acquire(spelled)
