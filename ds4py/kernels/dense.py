@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ds4py.kernels import hyper, matvec
-from ds4py.kernels.build import Launcher, Output, Template
+from ds4py.kernels.build import Grid, Launcher, Output, Template
 from ds4py.kernels.formats import PackedMatrix, unpack
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, Ops
@@ -60,44 +61,77 @@ def count(value: int) -> mx.array:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The matrices of a launch, and what of x they take."""
+class _Plan:
+    """What a launch over several matrices is compiled for. Making it costs more than launching, so
+    it is made once for each kind of launch."""
 
-    matrices: Sequence[PackedMatrix]
+    template: Template
+    n_out: int
+    """Columns of the result."""
+    grid: Grid
+    threads: Grid
+
+
+class _Shape(NamedTuple):
+    """All that tells two kinds of launches apart; `kinds` are the matrices'."""
+
+    kinds: tuple[tuple[int, int, int], ...]
+    x: tuple[int, int]
+    x_dtype: Dtype
+    dtype: Dtype
+    norm_dtype: Dtype | None
     groups: int
     offset: int
-
-    @property
-    def n_in(self) -> int:
-        return self.matrices[0].n_in
+    result: Dtype
 
     @property
     def outs(self) -> list[int]:
         """Rows of each matrix that one group takes."""
-        return [m.rows.shape[0] // self.groups for m in self.matrices]
+        return [out // self.groups for _, out, _ in self.kinds]
 
     @property
-    def arrays(self) -> list[Array]:
-        """Eight of them: the first stands where there is none."""
-        unused = MAX_MATRICES - len(self.matrices)
-        return [m.rows for m in self.matrices] + [self.matrices[0].rows] * unused
+    def n_in(self) -> int:
+        return self.kinds[0][2]
 
-    def template(self, x: Array, dtype: Dtype, norm: Array | None, result: Dtype) -> Template:
-        assert len(self.matrices) <= MAX_MATRICES and all(
-            m.n_in == self.n_in for m in self.matrices
-        )
-        assert self.groups == 1 or len(self.matrices) == 1
-        assert x.ndim == 2 and self.offset + self.groups * self.n_in <= x.shape[1]
-        assert self.offset % 4 == 0 and x.shape[1] % 4 == 0, "activations are read four at a time"
-        unused = MAX_MATRICES - len(self.matrices)
-        codes = [m.code for m in self.matrices] + [self.matrices[0].code] * unused
+    @property
+    def template(self) -> Template:
+        """What parts.h is written in."""
+        stride, unused = self.x[1], MAX_MATRICES - len(self.kinds)
+        assert unused >= 0 and all(n_in == self.n_in for _, _, n_in in self.kinds)
+        assert self.groups == 1 or len(self.kinds) == 1
+        assert self.offset + self.groups * self.n_in <= stride
+        assert self.offset % 4 == stride % 4 == 0, "activations are read four at a time"
+        codes = [code for code, _, _ in self.kinds] + [self.kinds[0][0]] * unused
+        norm = self.norm_dtype is not None
         return (
-            *(("T", dtype), ("TX", x.dtype), ("TN", x.dtype if norm is None else norm.dtype)),
-            *(("TY", result), ("K", self.n_in), ("GROUPS", self.groups)),
-            *(("NORM", norm is not None), ("XOFF", self.offset), ("XSTRIDE", x.shape[1])),
+            *(("T", self.dtype), ("TX", self.x_dtype), ("TY", self.result)),
+            *(("TN", self.norm_dtype if norm else self.x_dtype), ("NORM", norm)),
+            *(("K", self.n_in), ("GROUPS", self.groups)),
+            *(("XOFF", self.offset), ("XSTRIDE", stride)),
             *((f"F{i}", code) for i, code in enumerate(codes)),
             *((f"N{i}", n) for i, n in enumerate(self.outs + [0] * unused)),
         )
+
+
+@lru_cache(1024)
+def _project(shape: _Shape) -> _Plan:
+    s, n_out = shape.x[0], shape.groups * sum(shape.outs)
+    assert s <= matvec.MAX_ROWS
+    plan = matvec.tiling(s, shape.n_in, shape.dtype, n_out, floats=s)
+    staged = plan.staged(s, shape.n_in, shape.dtype)
+    tiles = shape.groups * sum(plan.tiles(n) for n in shape.outs)
+    template = (*shape.template, ("S", s), ("KC", staged), *plan.template)
+    return _Plan(template, n_out, (tiles * plan.threads, 1, 1), (plan.threads, 1, 1))
+
+
+@lru_cache(1024)
+def _matmul(shape: _Shape) -> _Plan:
+    s = shape.x[0]
+    rows = MATMUL_ROWS if s <= MATMUL_ROWS else 2 * MATMUL_ROWS
+    tiles = shape.groups * sum(-(-n // MATMUL_COLUMNS) for n in shape.outs)
+    grid = (MATMUL_THREADS * -(-s // rows), tiles, 1)
+    n_out = shape.groups * sum(shape.outs)
+    return _Plan((*shape.template, ("BM", rows)), n_out, grid, (MATMUL_THREADS, 1, 1))
 
 
 def project(
@@ -117,20 +151,14 @@ def project(
     groups > 1: one matrix [groups*out, in]; columns g*in.. of x go through rows g*out.., so the
     result is [S, groups*out]. A row's result does not depend on S.
     """
-    s, parts = x.shape[0], _Parts(matrices, groups, offset)
-    assert s <= matvec.MAX_ROWS
-    n_out = groups * sum(parts.outs)
-    plan = matvec.tiling(s, parts.n_in, dtype, n_out, floats=s)
-    staged = plan.staged(s, parts.n_in, dtype)
-    template = (*parts.template(x, dtype, norm, result), ("S", s), ("KC", staged), *plan.template)
-    tiles = groups * sum(plan.tiles(n) for n in parts.outs)
+    plan = _project(_shape(x, matrices, dtype, norm, groups, offset, result))
     (y,) = launcher.launch(
         "dense_project",
-        [x, x if norm is None else norm, scalar(eps), *parts.arrays],
-        template,
-        (tiles * plan.threads, 1, 1),
-        (plan.threads, 1, 1),
-        [((s, n_out), result)],
+        [x, x if norm is None else norm, scalar(eps), *_eight(matrices)],
+        plan.template,
+        plan.grid,
+        plan.threads,
+        [((x.shape[0], plan.n_out), result)],
     )
     return y
 
@@ -149,21 +177,38 @@ def matmul(
     """`project` for any S: for prompts, where its matrix instructions pay.
 
     Sums are taken in another order than `project`'s, so results differ from its as float32 sums
-    do; they too do not depend on S.
+    do; they too do not depend on S. The bytes of each matrix are a multiple of four.
     """
-    s, parts = x.shape[0], _Parts(matrices, groups, offset)
-    assert all(m.rows.size % 4 == 0 for m in matrices), "weights are read four bytes at a time"
-    rows = MATMUL_ROWS if s <= MATMUL_ROWS else 2 * MATMUL_ROWS
-    tiles = groups * sum(-(-n // MATMUL_COLUMNS) for n in parts.outs)
+    assert all(m.rows.size % 4 == 0 for m in matrices)
+    plan, s = _matmul(_shape(x, matrices, dtype, norm, groups, offset, result)), x.shape[0]
     (y,) = launcher.launch(
         "dense_matmul",
-        [x, x if norm is None else norm, scalar(eps), count(s), *parts.arrays],
-        (*parts.template(x, dtype, norm, result), ("BM", rows)),
-        (MATMUL_THREADS * -(-s // rows), tiles, 1),
-        (MATMUL_THREADS, 1, 1),
-        [((s, groups * sum(parts.outs)), result)],
+        [x, x if norm is None else norm, scalar(eps), count(s), *_eight(matrices)],
+        plan.template,
+        plan.grid,
+        plan.threads,
+        [((s, plan.n_out), result)],
     )
     return y
+
+
+def _eight(matrices: Sequence[PackedMatrix]) -> list[Array]:
+    """The launch's weights: the first stands where there is none."""
+    return [m.rows for m in matrices] + [matrices[0].rows] * (MAX_MATRICES - len(matrices))
+
+
+def _shape(
+    x: Array,
+    matrices: Sequence[PackedMatrix],
+    dtype: Dtype,
+    norm: Array | None,
+    groups: int,
+    offset: int,
+    result: Dtype,
+) -> _Shape:
+    kinds = tuple([m.kind for m in matrices])
+    norm_dtype = None if norm is None else norm.dtype
+    return _Shape(kinds, tuple(x.shape), x.dtype, dtype, norm_dtype, groups, offset, result)
 
 
 def project_ref(

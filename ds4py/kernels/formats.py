@@ -5,7 +5,7 @@ metal/include/formats.h is the other side of this: the same codes and the same b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -33,15 +33,19 @@ class PackedMatrix:
     rows: Array
     """uint8 [out, bytes of a row], beginning at a multiple of 16 bytes in its buffer."""
     n_in: int
+    kind: tuple[int, int, int] = field(init=False)
+    """What kernels are compiled for: code, out, in."""
 
     def __post_init__(self) -> None:
         want = row_bytes(self.format, self.n_in)
         assert self.n_in % OCTET == 0, f"{self.n_in} inputs are not a multiple of {OCTET}"
         assert self.rows.shape[1:] == (want,), f"rows {self.rows.shape} are not {want} bytes long"
+        kind = CODES[self.format], self.rows.shape[0], self.n_in
+        object.__setattr__(self, "kind", kind)  # once, because every launch asks
 
     @property
     def code(self) -> int:
-        return CODES[self.format]
+        return self.kind[0]
 
 
 @dataclass(frozen=True)

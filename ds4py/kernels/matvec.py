@@ -8,6 +8,7 @@ number of threadgroups that keeps the largest of them busy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ds4py.kernels.build import Template
 from ds4py.kernels.ops import Dtype
@@ -60,6 +61,7 @@ class Tiling:
         return (("NSG", self.simdgroups), ("ROWS", self.rows))
 
 
+@lru_cache(1024)
 def tiling(
     n_x: int, n_in: int, dtype: Dtype, n_rows: int, floats: int, tile: int | None = None
 ) -> Tiling:
