@@ -41,6 +41,13 @@ ModelArgument = Annotated[
         help="Name or directory. Default: $DS4_MODEL, else the embedded model.",
     ),
 ]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT|-", show_default=False, help="The prompt; - reads stdin."),
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Continue the text as it is, without chat encoding.")
+]
 System = Annotated[
     str | None,
     typer.Option(metavar="TEXT|FILE", help="System message, or a file that holds it."),
@@ -72,6 +79,31 @@ ContextSize = Annotated[
 ]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHERE",
+        help="Routed experts: resident, streamed from disk, or auto: as memory allows.",
+    ),
+]
+VerifyExperts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHEN", help="Check streamed experts' checksums: first (default), always, never."
+    ),
+]
+SwapExperts = Annotated[
+    float | None,
+    typer.Option(
+        metavar="F",
+        help="Let experts in memory step in for absent ones within F of the score range, as 0.05; "
+        "changes the answers. Default: 0, exact.",
+    ),
+]
+Trace = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write which experts every token used, for ds4 bench."),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")]
 Port = Annotated[
@@ -149,10 +181,7 @@ def root(
 
 @app.command(short_help="Answer one prompt.")
 def generate(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT|-", show_default=False, help="The prompt; - reads stdin."),
-    ] = None,
+    prompt: Prompt = None,
     model: Model = None,
     system: System = None,
     think: Annotated[
@@ -160,9 +189,7 @@ def generate(
         typer.Option("--think/--no-think", help="Reason before answering. Default: --no-think."),
     ] = None,
     think_max: ThinkMax = False,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without chat encoding.")
-    ] = False,
+    raw: Raw = False,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -172,6 +199,10 @@ def generate(
     stop: Stop = None,
     context: ContextSize = None,
     memory: Memory = None,
+    experts: Experts = None,
+    verify_experts: VerifyExperts = None,
+    swap_experts: SwapExperts = None,
+    trace: Trace = None,
     kernels: Kernels = None,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,
@@ -201,13 +232,14 @@ def generate(
         stop=given.stop_texts(stop),
         context=context,
         memory=memory,
+        experts=given.ExpertChoice(experts, verify_experts, swap_experts),
         kernels=kernels,
         kv_dir=kv_dir,
         kv_space=kv_space,
     )
     from ds4py.cli.generate import run
 
-    return run(prompt, settings, raw, json, stats)
+    return run(prompt, settings, raw, json, stats, trace)
 
 
 @app.command(short_help="Talk with a model.")
@@ -318,9 +350,7 @@ def serve(
 
 
 @app.command(short_help="Show what a model is.")
-def inspect(
-    model: ModelArgument = None, context: ContextSize = None, memory: Memory = None
-) -> int:
+def inspect(model: ModelArgument = None, context: ContextSize = None, memory: Memory = None) -> int:
     """Show what a model is: parts, layers, tensors, and where its memory goes on this machine.
 
     Reads the configuration and the tensors' headers, not the weights.

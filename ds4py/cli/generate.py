@@ -4,7 +4,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ds4py.cli import experts
 from ds4py.cli.conversation import Message, Parser, RawParser, Turn, answer
+from ds4py.cli.experts import tracing
 from ds4py.cli.kv import kv_space, open_disk
 from ds4py.cli.model import open_engine, tokenizer_of
 from ds4py.cli.progress import ProgressBar
@@ -19,7 +21,14 @@ if TYPE_CHECKING:
 THINKING = False
 
 
-def run(argument: str | None, settings: Settings, raw: bool, as_json: bool, stats: bool) -> int:
+def run(
+    argument: str | None,
+    settings: Settings,
+    raw: bool,
+    as_json: bool,
+    stats: bool,
+    trace: str | None = None,
+) -> int:
     """Answer the prompt (the argument, or stdin); the exit code."""
     sampling = settings.sampling_options()
     settings.engine_options()  # a bad value is told before stdin is waited for
@@ -34,7 +43,7 @@ def run(argument: str | None, settings: Settings, raw: bool, as_json: bool, stat
     session = engine.session()
     if disk is not None:
         disk.restore(session, tokens)
-    with ProgressBar(sys.stderr) as bar:
+    with tracing(engine, trace), ProgressBar(sys.stderr) as bar:
         parser = make_parser(settings, raw)
         for event in answer(session, tokens, sampling, parser, turn, bar):
             view.event(event)
@@ -42,7 +51,8 @@ def run(argument: str | None, settings: Settings, raw: bool, as_json: bool, stat
     if as_json:
         print(json.dumps(report(turn, load_s, engine.name), ensure_ascii=False), flush=True)
     if stats:
-        print(statistics(turn, load_s), file=sys.stderr, flush=True)
+        lines = (statistics(turn, load_s), experts.statistics(engine.experts.stats()))
+        print(*filter(None, lines), sep="\n", file=sys.stderr, flush=True)
     if disk is not None:
         sys.stdout.flush()  # the answer does not wait for the disk
         disk.keep(session, reply=False)

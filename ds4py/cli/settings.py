@@ -69,6 +69,15 @@ def make_private(path: Path | None) -> Path | None:
 
 
 @dataclass(frozen=True)
+class ExpertChoice:
+    """Where routed experts are and how they are streamed; None: the engine's default."""
+
+    where: str | None = None
+    verify: str | None = None
+    swap: float | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """One request's choices: model, conversation mode, sampling. None: the engine's default."""
 
@@ -87,6 +96,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     context: int | None = None
     memory: str | None = None
+    experts: ExpertChoice = ExpertChoice()
     kernels: str | None = None
     kv_dir: str | None = None
     """Where sessions are kept; None: the usual place."""
@@ -96,9 +106,18 @@ class Settings:
     def engine_options(self) -> "EngineOptions":
         """Raises OptionsError on a value that makes no sense."""
         from ds4py import EngineOptions
+        from ds4py.experts.options import StreamingOptions
 
         return EngineOptions(
-            **_given(context=self.context, memory=self.memory, kernels=self.kernels)
+            streaming=StreamingOptions(
+                **_given(verify=self.experts.verify, swap=self.experts.swap)
+            ),
+            **_given(
+                context=self.context,
+                memory=self.memory,
+                kernels=self.kernels,
+                experts=self.experts.where,
+            ),
         )
 
     def sampling_options(self) -> "SamplingOptions":

@@ -41,8 +41,6 @@ from ds4py.weights.source import fingerprint
 
 NUMERICS = 1
 """Counts the changes after which the same weights give other rows."""
-ROUTING = "exact"
-"""Experts are the router's own choice; a mode that chooses otherwise is another identity."""
 EMBEDDED = "tiny"
 """The model that travels with the package."""
 
@@ -252,7 +250,13 @@ class Engine:
         config = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode()).hexdigest()
         weights = fingerprint(self._loader.checkpoint.files)
         numerics = f"{self._dtype_name} {self.model.ops.name} {self.options.trained_rounding}"
-        return f"{config} {weights} {numerics} {ROUTING} {snapshot.FORMAT}.{NUMERICS}"
+        return f"{config} {weights} {numerics} {self.routing} {snapshot.FORMAT}.{NUMERICS}"
+
+    @property
+    def routing(self) -> str:
+        """"exact": experts are the router's own choice. Another mode is another identity."""
+        swap = self.options.streaming.swap
+        return f"swap {swap}" if self.plan.streamed and swap else "exact"
 
     @property
     def _dtype_name(self) -> str:
@@ -272,4 +276,6 @@ class Engine:
             "context": self.context,
             "parameters": memory.n_parameters(self.config),
             **self.counters,
+            "routing": self.routing,
+            "experts": self.experts.stats(),
         }

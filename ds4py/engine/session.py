@@ -28,6 +28,9 @@ from ds4py.text.spelling import common_prefix
 if TYPE_CHECKING:
     from ds4py.engine.engine import Engine
 
+HOT = "hot"
+"""In a snapshot's extra arrays: [n, 2] layers and experts worked with, the most valuable first."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
@@ -180,7 +183,11 @@ class Session:
         if frontier is None or frontier.position == self.position:
             logits = None if self._logits is None else np.array(self._logits, np.float32)
             here = self._state.frontier
-            return capture(self._state, here, self._tokens, start, logits=logits, seed=self.seed)
+            hot = np.array(self._engine.experts.hot_set(), np.int32).reshape(-1, 2)
+            extra = {HOT: {"experts": hot}} if len(hot) else {}
+            return capture(
+                self._state, here, self._tokens, start, logits=logits, seed=self.seed, extra=extra
+            )
         return capture(self._state, frontier, self._tokens, start, seed=self.seed)
 
     def adopt(self, image: Image) -> None:
@@ -199,6 +206,8 @@ class Session:
         for turn in turns:
             self._checkpoints.add(turn, turn=True)
         self._keep(state.frontier)
+        hot = image.extra.get(HOT, {}).get("experts", np.zeros((0, 2)))
+        self._engine.experts.warm([(int(layer), int(expert)) for layer, expert in hot])
 
     def turns(self) -> list[Frontier]:
         """Checkpoints where a turn begins or a reply opens, ascending."""

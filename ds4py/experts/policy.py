@@ -205,6 +205,15 @@ class Residency:
         self._place(key.layer, key.expert, slot, -math.inf)
         return slot
 
+    def admit(self, key: Key, now: int) -> int | None:
+        """A slot for a record that will soon be wanted; None when it has one or all are in use."""
+        if key in self.slot_of:
+            return None
+        slot = self._slot(key.layer)
+        if slot is not None:
+            self._place(key.layer, key.expert, slot, self.policy.score(key, now))
+        return slot
+
     def ranked(self) -> list[Key]:
         """The records with a slot, the most valuable first."""
         scored = [(-s, layer, e) for layer, held in self._held.items() for e, s in held.items()]

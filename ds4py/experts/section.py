@@ -106,6 +106,13 @@ class Section:
             if slot is not None:
                 self._fetch(slot, key, BACKGROUND)
 
+    def admit(self, keys: Iterable[Key], now: int) -> None:
+        """Read records in the background that the next tokens will probably want."""
+        for key in keys:
+            slot = self.residency.admit(key, now)
+            if slot is not None:
+                self._fetch(slot, key, BACKGROUND)
+
     def place(
         self, layer: int, experts: Sequence[int], now: int, keep: Iterable[int] | None
     ) -> Placement:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,10 +25,11 @@ import numpy as np
 from ds4py.config import ModelConfig
 from ds4py.experts.layout import maps_of
 from ds4py.experts.options import StreamingOptions
-from ds4py.experts.policy import DECODE_ROWS, Ids, online_policy
+from ds4py.experts.policy import DECODE_ROWS, Ids, Key, online_policy
 from ds4py.experts.probe import choose_depth
 from ds4py.experts.reader import Readers, ReadInto, RecordReader
 from ds4py.experts.section import STAGING, Section
+from ds4py.experts.swaps import BoundedSwaps
 from ds4py.formats.bundle import LayerRecords
 from ds4py.kernels import moe
 from ds4py.kernels.ops import Array, Ops, PackedWeight
@@ -88,6 +91,8 @@ class StreamedExperts(ExpertSource):
         self._routers: dict[int, Callable[[Array], Array]] = {}
         self._tokens: Ids = np.zeros(0, np.int32)
         self._last, self._now, self._stalled = True, 0, 0.0
+        self._swaps = BoundedSwaps(options.swap)
+        self._displaced: list[Key] = []  # by the running layer's swaps
         self._unread: Array | None = None  # a layer's result that may still read its slots
         self._foreseen: Array | None = None
         self._decoding = True
@@ -157,6 +162,61 @@ class StreamedExperts(ExpertSource):
         if router is not None and self._decoding:
             self._foreseen = router(streams)
 
+    def prefer(self, layer: int, score: Array, bias: Array, ids: Array) -> Array:
+        if not self.options.swap or len(ids) > 1:
+            return ids
+        if self.ops.lazy:
+            mx.eval(score, ids)  # swaps depend on what is in memory, which only the host knows
+        section = self._section[layer]
+        chosen, displaced = self._swaps.choose(
+            layer,
+            np.asarray(score)[0],
+            np.asarray(bias),
+            np.asarray(ids)[0],
+            lambda expert: Key(layer, expert) in section.residency.slot_of,
+        )
+        self._displaced = [Key(layer, expert) for expert in displaced]
+        return self.ops.array(chosen[None]).astype(ids.dtype)
+
+    def hot_set(self) -> list[tuple[int, int]]:
+        ranked = [section.residency.ranked() for section in self.sections]
+        return [(key.layer, key.expert) for keys in zip_longest(*ranked) for key in keys if key]
+
+    def warm(self, hot: Sequence[tuple[int, int]]) -> None:
+        for section in self.sections:
+            keys = (Key(*key) for key in hot if key[0] in section.layers)
+            section.offer(key for key in keys if 0 <= key.expert < self.config.n_routed_experts)
+
+    def stats(self) -> dict[str, Any]:
+        counts = [c for s in self.sections for c in s.residency.counts.values()]
+        hits, misses = sum(c.hits for c in counts), sum(c.misses for c in counts)
+        prefetched = sum(c.prefetched for c in counts)
+        asked, swaps = max(1, hits + prefetched + misses), self._swaps.counts
+        size = {s: s.pool.record_bytes for s in self.sections}
+        waits = sorted(self.stalls) or [0.0]
+        return {
+            "slots": sum(s.n_cached for s in self.sections),
+            "slot_bytes": sum(s.pool.n_slots * size[s] for s in self.sections),
+            "policy": self.options.policy,
+            "prefetch": self.options.prefetch,
+            "readers": self.depth,
+            "direct": self.reader.direct,
+            "steps": self._now,
+            "hits": hits,
+            "prefetched": prefetched,
+            "misses": misses,
+            "hit_rate": (hits + prefetched) / asked,
+            "bytes_read": sum(s.reads.records * size[s] for s in self.sections),
+            "ahead_useful_bytes": sum(s.reads.useful * size[s] for s in self.sections),
+            "ahead_late_bytes": sum(s.reads.late * size[s] for s in self.sections),
+            "ahead_wasted_bytes": sum(s.reads.wasted * size[s] for s in self.sections),
+            "stall_ms_p50": 1e3 * waits[len(waits) // 2],
+            "stall_ms_p95": 1e3 * waits[len(waits) * 95 // 100],
+            "swap": self.options.swap,
+            "swapped": swaps.swapped / max(1, swaps.slots),
+            "kept_mass": swaps.kept_mass / swaps.choices if swaps.choices else 1.0,
+        }
+
     def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
         with self._recovering():
             chosen = self._to_host(ids)
@@ -188,7 +248,7 @@ class StreamedExperts(ExpertSource):
         decoding = len(chosen) <= DECODE_ROWS
         keep = section.residency.worth_keeping(layer, chosen, self._last)
         placed = section.place(layer, experts, self._now, keep)
-        ahead = partial(self._look_ahead, layer + 1, decoding)
+        ahead = partial(self._look_ahead, section, layer + 1, decoding)
         observe = partial(self.observe, layer) if self.observe is not None else None
         pairs, order = None, np.sort(chosen, axis=None)
         rows: list[Ids] = []
@@ -245,8 +305,12 @@ class StreamedExperts(ExpertSource):
         records = section.pool.records[mx.array(list(slots.values()))]
         return (*maps_of(self.records[layer], records, self.config), place)
 
-    def _look_ahead(self, layer: int, decoding: bool) -> None:
-        """Start reading what is known of the layer that comes next."""
+    def _look_ahead(self, running: Section, layer: int, decoding: bool) -> None:
+        """Start reading what is known of the layer that comes next, and at last what the running
+        one would have chosen."""
+        if self._displaced:
+            running.admit(self._displaced, self._now)
+            self._displaced = []
         if layer >= len(self.config.layers):
             return
         section = self._section[layer]

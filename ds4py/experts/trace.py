@@ -37,15 +37,18 @@ class TraceFacts:
     hash_layers: tuple[int, ...]
     n_experts: int
     n_chosen: int
+    swap: float = 0.0
+    """Of cache-aware routing, under which the choices depend on the cache."""
 
     @staticmethod
-    def of(model: str, config: ModelConfig) -> TraceFacts:
+    def of(model: str, config: ModelConfig, swap: float = 0.0) -> TraceFacts:
         return TraceFacts(
             model,
             len(config.layers),
             tuple(plan.index for plan in config.layers if plan.hash_routed),
             config.n_routed_experts,
             config.num_experts_per_tok,
+            swap,
         )
 
 

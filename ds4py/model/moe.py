@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from ds4py.kernels import moe
 from ds4py.kernels.formats import ExpertRecords
@@ -48,6 +48,19 @@ class ExpertSource(ABC):
     def prefer(self, layer: int, score: Array, bias: Array, ids: Array) -> Array:
         """A last word on the router's choice ids [S, k], made from score [S, E] + bias [E]."""
         return ids
+
+    def hot_set(self) -> list[tuple[int, int]]:
+        """(layer, expert) of what a session worked with lately, the most valuable first. Goes into
+        a snapshot's header; empty where nothing would be gained."""
+        return []
+
+    def warm(self, hot: Sequence[tuple[int, int]]) -> None:
+        """Read a remembered hot set in the background, into memory that is still free."""
+        return
+
+    def stats(self) -> dict[str, Any]:
+        """Counters for people and scripts; empty where all is resident."""
+        return {}
 
     def routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
         """x [S, D] through experts ids [S, k] of `layer`, weighted: float32 [S, D]."""
