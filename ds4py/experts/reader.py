@@ -81,7 +81,9 @@ class RecordReader:
 
         Files stay open: one replaced by another of the same name is read on as it was.
         """
-        self._layers, self._verify, self._read_into = layers, verify, read_into
+        self._layers, self._verify = layers, verify
+        self.read_into = read_into
+        """What reads bytes; a test may put failures in its place."""
         paths = {span.file for records in layers.values() for span in records.spans}
         self._files = {path: RecordFile.open(path) for path in sorted(paths)}
         self._verified = {n: bytearray(records.n_experts) for n, records in layers.items()}
@@ -141,7 +143,7 @@ class RecordReader:
         """Read until the target is full or the file ends."""
         n_read = 0
         while n_read < len(target):
-            got = self._read_into(descriptor, [target[n_read:]], offset + n_read)
+            got = self.read_into(descriptor, [target[n_read:]], offset + n_read)
             if not got:
                 break
             n_read += got
