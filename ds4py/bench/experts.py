@@ -15,6 +15,7 @@ import resource
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ SECONDS = 1.5
 CACHE_SIZES = (1, 1.5, 2, 3, 4, 6, 8)
 """Slots, in tokens' worth of experts (the least a model runs with is 1)."""
 LAGS = (1, 2, 4, 8)
+LOOK_AHEAD = 2
+"""Layers whose experts the loop with faked compute time knows before they run."""
 
 
 @dataclass(frozen=True)
@@ -162,19 +165,25 @@ class Overlap:
 
 
 def overlaps(
-    records: Records, depth: int, n_tokens: int = 12, chosen: int = 6, repeat: int = 3
+    records: Records, depth: int, n_tokens: int = 8, chosen: int = 6, repeat: int = 5
 ) -> Iterator[Overlap]:
-    """Loops at compute:read of 4:1, 1:1 and 1:4 in which every layer knows the next one's experts,
-    as hash-routed layers do. No expert is chosen twice in a row: all of them are read."""
+    """Loops at compute:read of 4:1, 1:1 and 1:4 in which the experts of the next layers are known,
+    as hash-routed layers' are. No expert is chosen twice in a row: all of them are read.
+
+    Disks change their speed: each run stands beside one that only reads, and of `repeat` such pairs
+    the median counts.
+    """
     reader = RecordReader(records, "never")
     loop = _FakeDecode(records, reader, depth, chosen)
     try:
-        read_s = min(loop.run(n_tokens, 0.0) for _ in range(repeat))
         for ratio in (4.0, 1.0, 0.25):
-            token_s = min(loop.run(n_tokens, ratio * read_s) for _ in range(repeat))
-            part = 1 / loop.n_layers
-            serial = min(read_s, ratio * read_s) * part
-            yield Overlap(ratio, ratio * read_s, read_s, token_s, serial)
+            pairs = []
+            for _ in range(repeat):
+                read_s = loop.run(n_tokens, 0.0)
+                token_s = loop.run(n_tokens, ratio * read_s)
+                serial = min(1.0, ratio) * read_s / loop.n_layers
+                pairs.append(Overlap(ratio, ratio * read_s, read_s, token_s, serial))
+            yield sorted(pairs, key=lambda o: o.token_s / o.bound_s)[repeat // 2]
     finally:
         loop.close()
         reader.close()
@@ -196,7 +205,8 @@ class _FakeDecode:
         self.section = Section(
             range(self.n_layers), 2 * chosen, LRU(), 0, slots, pages, self.readers
         )
-        self.rng, self.now, self.before = random.Random(1), 0, [[0]] * self.n_layers
+        self.rng, self.now = random.Random(1), 0
+        self.before: list[list[int]] = [[] for _ in range(self.n_layers)]
 
     def _real(self, key: Key, files: Sequence[int]) -> Key:
         at = key.layer * self.span + key.expert
@@ -211,20 +221,20 @@ class _FakeDecode:
 
     def run(self, n_tokens: int, compute_s: float) -> float:
         """Seconds per token."""
+        steps = [(i, self._choose(i)) for _ in range(n_tokens) for i in range(self.n_layers)]
         start = perf_counter()
-        experts = self._choose(0)
-        for _ in range(n_tokens):
-            self.now += 1
-            for layer in range(self.n_layers):
-                following = (layer + 1) % self.n_layers
-                coming = self._choose(following)
-                placed = self.section.place(layer, experts, self.now, None)
-                ahead = _Ahead(self.section, following, coming, self.now)
-                for _batch in self.section.batches(layer, placed, ahead):
-                    pass
-                sleep(compute_s / self.n_layers)
-                experts = coming
+        for n, (layer, experts) in enumerate(steps):
+            self.now += layer == 0
+            placed = self.section.place(layer, experts, self.now, None)
+            promise = partial(self._promise, steps[n + 1 : n + 1 + LOOK_AHEAD])
+            for _ in self.section.batches(layer, placed, promise):
+                pass
+            sleep(compute_s / self.n_layers)
         return (perf_counter() - start) / n_tokens
+
+    def _promise(self, steps: Sequence[tuple[int, list[int]]]) -> None:
+        for layer, experts in steps:
+            self.section.promise(layer, experts, self.now)
 
     def close(self) -> None:
         self.readers.close()
@@ -240,19 +250,6 @@ class _Slots:
     @property
     def shape(self) -> tuple[int, int]:
         return self.n_slots, self.n_bytes
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """Asks for the next layer's experts."""
-
-    section: Section
-    layer: int
-    experts: Sequence[int]
-    now: int
-
-    def __call__(self) -> None:
-        self.section.promise(self.layer, self.experts, self.now)
 
 
 def decode(engine: Any, prompt: Sequence[int], n_tokens: int) -> tuple[Trace, float]:
