@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ds4py import __version__
+from ds4py.cli import experts as streaming
 from ds4py.cli import settings as given
 from ds4py.cli.cache import cache
 from ds4py.cli.settings import Settings
@@ -79,31 +80,6 @@ ContextSize = Annotated[
 ]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
-]
-Experts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHERE",
-        help="Routed experts: resident, streamed from disk, or auto: as memory allows.",
-    ),
-]
-VerifyExperts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHEN", help="Check streamed experts' checksums: first (default), always, never."
-    ),
-]
-SwapExperts = Annotated[
-    float | None,
-    typer.Option(
-        metavar="F",
-        help="Let experts in memory step in for absent ones within F of the score range, as 0.05; "
-        "changes the answers. Default: 0, exact.",
-    ),
-]
-Trace = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Write which experts every token used, for ds4 bench."),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")]
 Port = Annotated[
@@ -199,10 +175,10 @@ def generate(
     stop: Stop = None,
     context: ContextSize = None,
     memory: Memory = None,
-    experts: Experts = None,
-    verify_experts: VerifyExperts = None,
-    swap_experts: SwapExperts = None,
-    trace: Trace = None,
+    experts: streaming.Where = None,
+    verify_experts: streaming.Verify = None,
+    swap_experts: streaming.Swap = None,
+    trace: streaming.Trace = None,
     kernels: Kernels = None,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,

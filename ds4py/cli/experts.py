@@ -1,12 +1,40 @@
-"""What the command line does for streamed experts: the routing trace, and figures for people."""
+"""What the command line does for streamed experts: options, the routing trace, figures."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from ds4py import Engine
+
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHERE",
+        help="Routed experts: resident, streamed from disk, or auto: as memory allows.",
+    ),
+]
+Verify = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHEN", help="Check streamed experts' checksums: first (default), always, never."
+    ),
+]
+Swap = Annotated[
+    float | None,
+    typer.Option(
+        metavar="F",
+        help="Let experts in memory step in for absent ones within F of the score range, as 0.05; "
+        "changes the answers. Default: 0, exact.",
+    ),
+]
+Trace = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write which experts every token used, for ds4 bench."),
+]
 
 
 @contextmanager
