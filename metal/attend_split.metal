@@ -26,7 +26,16 @@
 #include "tiles.h"
 
 constant constexpr uint TILE_ROWS = 16;
-constant constexpr uint SPLIT_ROWS = 32;  // fewest per part; doubled until SPLITS parts are enough
+// Rows per part: few rows are dealt out finely, to have threadgroups at all; of more, a part is as
+// large as makes its own result (131 KB for Flash) no more to write than its rows were to read;
+// of very many, SPLITS parts are enough.
+constant constexpr uint FEW_ROWS = 320;
+
+inline uint rows_per_part(uint n_rows, uint most_parts) {
+  uint rows = n_rows <= FEW_ROWS ? 32 : 64;
+  while (rows * most_parts < n_rows) rows *= 2;
+  return rows;
+}
 
 // Over the 16 lanes that hold one head's rows of a tile.
 inline float max_over_rows(float x) {
@@ -61,8 +70,11 @@ const uint channel = 64 * block + 8 * tile_c;  // the lane's first of 16
 
 const uint n_pooled = K > 0 ? min(uint(visible[query]), uint(K)) : uint(visible[query]);
 const uint n_rows = W + n_pooled;
-uint part_rows = SPLIT_ROWS;
-while (part_rows * SPLITS < n_rows) part_rows *= 2;
+const uint part_rows = rows_per_part(n_rows, SPLITS);
+const uint n_old = uint(step[1]);
+const int before_window = W - 1 - step[0];  // rows of the window that would precede the sequence
+const size_t window_at = size_t(place[0]) * (W - 1);
+const size_t pooled_at = size_t(place[1]) * size_t(pooled_rows_shape[1]);
 const uint begin = min(part * part_rows, n_rows);
 const uint end = min(begin + part_rows, n_rows);
 
@@ -100,16 +112,13 @@ for (uint tile = begin; tile < end; tile += TILE_ROWS) {
     bool exists = slot < end;
     if (exists && slot < W) {
       const uint at = query + slot;  // in the state's rows and the step's
-      exists = step[0] + int(at) >= W - 1;
-      from = at < W - 1
-          ? (const device uint8_t*)window_rows + (size_t(place[0]) * (W - 1) + at) * ROW_BYTES
-          : from + size_t(at - (W - 1)) * ROW_BYTES;
+      exists = int(at) >= before_window;
+      from = at < W - 1 ? (const device uint8_t*)window_rows + (window_at + at) * ROW_BYTES
+                        : from + size_t(at - (W - 1)) * ROW_BYTES;
     } else if (exists) {
       const uint id = K > 0 ? uint(ids[size_t(query) * K + slot - W]) : slot - W;
-      from = id < uint(step[1])
-          ? (const device uint8_t*)pooled_rows +
-                (size_t(place[1]) * size_t(pooled_rows_shape[1]) + id) * ROW_BYTES
-          : (const device uint8_t*)new_rows + size_t(id - uint(step[1])) * ROW_BYTES;
+      from = id < n_old ? (const device uint8_t*)pooled_rows + (pooled_at + id) * ROW_BYTES
+                        : (const device uint8_t*)new_rows + size_t(id - n_old) * ROW_BYTES;
     }
     float2 x[8];
     // What is not a row of this query may hold anything, also NaN: it is never read.

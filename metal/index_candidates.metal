@@ -1,8 +1,9 @@
 // inputs: index_query index_weights index_rows new_index_rows visible place step
 // outputs: candidate_keys candidate_ids
-// The indexer, first pass: threadgroup (i, s) scores the i-th part of the rows query s may see,
+// The indexer, first pass: threadgroup (i, s) scores its part of the rows query s may see,
 // sum_h relu(q_h . row) * weight_h, and keeps the best K: keys (score_key) and row numbers, rank r
-// of part i at [s, r, i] of [S, K, parts]; key 0 where there are fewer.
+// of part i at [s, r, i] of [S, K, parts]; key 0 where there are fewer. Parts take turns in rounds
+// of 256 rows, so that rows near each other, which are often chosen together, are in several.
 //
 // place[1]: the layer's place in index_rows [layers, capacity, row]; step[1]: how many rows exist
 // before the step's own, new_index_rows. Templates: T, D, HEADS, K, N (slots of the list), PLAIN.
@@ -77,17 +78,14 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 const uint n_rows = uint(visible[query]);
 const uint n_old = uint(step[1]);
-const uint rounds = (n_rows + SCORED * n_parts - 1) / (SCORED * n_parts);
-const uint begin = min(part * rounds * SCORED, n_rows);
-const uint end = min(begin + rounds * SCORED, n_rows);
+const size_t layer_at = size_t(place[1]) * size_t(index_rows_shape[1]);
 TopList list = empty_list();
-for (uint first = begin; first < end; first += SCORED) {
+for (uint first = part * SCORED; first < n_rows; first += n_parts * SCORED) {
   float2 rows[ROW_TILES][STEPS];
   for (uint i = 0; i < ROW_TILES; i++) {
-    const uint id = min(first + (group * ROW_TILES + i) * 8 + tile_r, end - 1);
+    const uint id = min(first + (group * ROW_TILES + i) * 8 + tile_r, n_rows - 1);
     const device uint8_t* from = id < n_old
-        ? (const device uint8_t*)index_rows +
-              (size_t(place[1]) * size_t(index_rows_shape[1]) + id) * ROW_BYTES
+        ? (const device uint8_t*)index_rows + (layer_at + id) * ROW_BYTES
         : (const device uint8_t*)new_index_rows + size_t(id - n_old) * ROW_BYTES;
     index_pairs<D, PLAIN, T>(from, tile_c / 2, rows[i]);
   }
@@ -121,8 +119,9 @@ for (uint first = begin; first < end; first += SCORED) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const uint id = first + thread_id;
-  const uint key = id < end ? score_key(scores[thread_id]) : 0;
-  list = offer<K, N>(keys, ids, counts, list, key, id, thread_id);
+  const uint key = id < n_rows ? score_key(scores[thread_id]) : 0;
+  list = make_room<K, N>(keys, ids, list, thread_id);
+  list = offer(keys, ids, counts, list, key, id, thread_id);
 }
 keep_best<K, N>(keys, ids, list, thread_id);
 for (uint i = thread_id; i < K; i += TOPK_THREADS) {

@@ -3,8 +3,9 @@
 // The indexer, second pass, one threadgroup per query: of the parts' candidates [S, K, parts] the
 // best K, ties to the lower row, in ascending order; empty slots last and 0. Templates: K, N.
 //
-// The parts' lists come best first and are read rank by rank, so the lowest kept key rises at once
-// and most candidates are dropped without entering the list.
+// The parts' lists come best first and are read rank by rank. So the lowest kept key rises at once,
+// and when a round, which holds at least one candidate of each part, has none that is wanted, no
+// later one is: about 2 * K of the K * parts candidates are read.
 #include "topk.h"
 
 // body
@@ -22,7 +23,10 @@ for (uint first = 0; first < n_candidates; first += TOPK_THREADS) {
   const uint i = first + thread_id;
   const uint key = i < n_candidates ? candidate_keys[from + i] : 0;
   const uint id = i < n_candidates ? candidate_ids[from + i] : 0;
-  list = offer<K, N>(keys, ids, counts, list, key, id, thread_id);
+  list = make_room<K, N>(keys, ids, list, thread_id);
+  const uint before = list.count;
+  list = offer(keys, ids, counts, list, key, id, thread_id);
+  if (list.count == before) break;
 }
 list = keep_best<K, N>(keys, ids, list, thread_id);
 threadgroup_barrier(mem_flags::mem_threadgroup);

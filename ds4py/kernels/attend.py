@@ -44,8 +44,8 @@ def attend(ops: Ops, q: Array, blocks: list[Block], sink: Array) -> Array:
     return (out / total[..., None]).astype(q.dtype)
 
 
-SPLIT_ROWS = 32
-"""Fewest rows of one part of a query's rows."""
+FEW_ROWS = 320
+"""Up to so many rows of a query are split finely."""
 MOST_PARTS = 32
 """A query's rows are split into at most this many parts, one per lane of the second pass."""
 DECODE_ROWS = 8
@@ -75,8 +75,8 @@ class StoredRows:
 
 
 def parts(n_rows: int, most: int) -> int:
-    """How many parts a query of n rows is split into; attend_split counts in the same way."""
-    size = SPLIT_ROWS
+    """How many parts a query of n rows is split into; attend_split's rows_per_part."""
+    size = 32 if n_rows <= FEW_ROWS else 64
     while size * most < n_rows:
         size *= 2
     return -(-n_rows // size)

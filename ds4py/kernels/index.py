@@ -47,10 +47,11 @@ def first(ops: Ops, visible: Array, n_selected: int) -> tuple[Array, Array]:
 
 TOPK_THREADS = 256
 """Threads, and rows scored per round, of the two kernels."""
-ROWS_PER_PART = 1024
+ROWS_PER_PART = 512
 """Rows worth a threadgroup of their own."""
 MOST_THREADGROUPS = 128
-"""Of the first pass: enough for the largest GPU. It bounds the candidates, whatever the context."""
+"""Of the first pass: enough for the largest GPU. It bounds the candidates, whatever the context.
+At most TOPK_THREADS, for the second pass to see all parts in a round."""
 
 
 def slots(n_selected: int) -> int:

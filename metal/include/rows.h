@@ -122,25 +122,44 @@ inline void fp4_pair_store(device uint8_t* row, uint d, uint i, uint lane, float
   if (lane % 16 == 0) row[d / 2 + 2 * i + lane / 16] = uint8_t(code);
 }
 
-// Sixteen channels of an attention row in eight pairs: channels 64*block + 16*part and on. Rows
-// of odd multiples of two bytes exist, so words are read as two halves.
+// N words from an address that is a multiple of 8, or else of 2, as rows of an odd number of pairs
+// of bytes are.
+template <int N, bool ALIGNED>
+inline void load_words(const device uint8_t* from, thread uint* words) {
+  if (ALIGNED) {
+    for (uint i = 0; i < N; i += 2) {
+      const uint2 pair = ((const device uint2*)from)[i / 2];
+      words[i] = pair.x;
+      words[i + 1] = pair.y;
+    }
+  } else {
+    const device ushort* halves = (const device ushort*)from;
+    for (uint i = 0; i < N; i++) words[i] = uint(halves[2 * i]) | (uint(halves[2 * i + 1]) << 16);
+  }
+}
+
+// Sixteen channels of an attention row in eight pairs: channels 64*block + 16*part and on.
 template <int HD, int ROPE, bool PLAIN, typename T>
 inline void attention_pairs(const device uint8_t* row, uint block, uint part, thread float2* x) {
   constexpr uint nope = HD - ROPE;
+  constexpr bool aligned = attention_row_bytes<T, HD, ROPE, PLAIN>() % 8 == 0;
   const uint first = block * FP8_BLOCK + 16 * part;
   if (PLAIN) {
     const device T* values = (const device T*)row + first;
     for (uint i = 0; i < 8; i++) x[i] = float2(float(values[2 * i]), float(values[2 * i + 1]));
   } else if (first < nope) {
-    const device ushort* codes = (const device ushort*)(row + first);
     const float scale = e8m0_decode(row[nope + block]);
+    uint codes[4];
+    load_words<4, aligned>(row + first, codes);
     for (uint i = 0; i < 8; i++) {
-      x[i] = float2(e4m3_decode(codes[i] & 0xffu), e4m3_decode(codes[i] >> 8)) * scale;
+      const uint pair = codes[i / 2] >> (16 * (i % 2));
+      x[i] = float2(e4m3_decode(pair), e4m3_decode(pair >> 8)) * scale;
     }
   } else {
-    const device ushort* bits = (const device ushort*)(row + attention_tail(nope)) + first - nope;
+    uint bits[8];
+    load_words<8, aligned>(row + attention_tail(nope) + 2 * (first - nope), bits);
     for (uint i = 0; i < 8; i++) {
-      x[i] = float2(bfloat_decode(bits[2 * i]), bfloat_decode(bits[2 * i + 1]));
+      x[i] = float2(bfloat_decode(bits[i] & 0xffffu), bfloat_decode(bits[i] >> 16));
     }
   }
 }

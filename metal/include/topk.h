@@ -60,14 +60,20 @@ inline TopList keep_best(threadgroup uint* keys, threadgroup uint* ids, TopList 
   return {min(list.count, K), keys[K - 1], ids[K - 1]};
 }
 
-// Takes one pair of each thread, in the order of threads, if it may be among the best K. The list
-// is sorted and cut only when its N slots are full, which gets rarer as the K-th key rises: for
-// rows in no order about log(rows / K) times, for rows in the worst order every N - K rows.
+// Makes room for one pair of each thread. The list is sorted and cut only when its N slots are
+// full, which gets rarer as the K-th key rises: for rows in no order about log(rows / K) times, for
+// rows in the worst order every N - K rows.
 template <uint K, uint N>
-inline TopList offer(threadgroup uint* keys, threadgroup uint* ids, threadgroup uint* counts,
-                     TopList list, uint key, uint id, uint thread_id) {
+inline TopList make_room(threadgroup uint* keys, threadgroup uint* ids, TopList list,
+                         uint thread_id) {
   static_assert(N >= K + TOPK_THREADS, "a cut list has room for one pair of each thread");
   if (list.count + TOPK_THREADS > N) list = keep_best<K, N>(keys, ids, list, thread_id);
+  return list;
+}
+
+// Takes one pair of each thread, in the order of threads, if it may be among the best K.
+inline TopList offer(threadgroup uint* keys, threadgroup uint* ids, threadgroup uint* counts,
+                     TopList list, uint key, uint id, uint thread_id) {
   const bool wanted = key != 0 && ranks_before(key, id, list.key, list.id);
   const uint before = simd_prefix_exclusive_sum(wanted ? 1u : 0u);
   if (thread_id % 32 == 31) counts[thread_id / 32] = before + (wanted ? 1u : 0u);

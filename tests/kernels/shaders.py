@@ -17,6 +17,9 @@ from tools.metal_cpu import Kernel, ShaderError, assert_same_source
 
 Run = Callable[[Launcher], Any]
 SEEDS = (1, 2, 3)
+LATER = pytest.mark.long
+"""Variants that only `pytest -m long` runs: each is compiled twice, 0.4 s on a new machine."""
+DTYPES = [mx.float32, pytest.param(mx.bfloat16, marks=LATER)]
 _made: dict[KernelText, Kernel] = {}
 _compared: set[Any] = set()
 

@@ -10,7 +10,7 @@ from ds4py.cache import rows as stored
 from ds4py.kernels import attend, rope
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
-from tests.kernels.shaders import caught, close, host, launcher
+from tests.kernels.shaders import DTYPES, LATER, caught, close, host, launcher
 from tests.kernels.test_heads import FLASH, FREQS, ODD, TINY, Size, layer, normal
 
 pytestmark = pytest.mark.shader
@@ -112,7 +112,7 @@ CASES: dict[str, dict[str, Any]] = {
     "first position of a full window": {"size": TINY, "n": 1, "start": 63, "w": 64, "ratio": 0},
     "no compressed row yet": {"size": TINY, "n": 2, "start": 1, "w": 64},
     "all of few": {"size": TINY, "n": 5, "start": 30, "w": 64},
-    "all of many, in parts": {"size": TINY, "n": 1, "start": 4400, "w": 24},
+    "all of many, in parts": {"size": TINY, "n": 1, "start": 8400, "w": 24},
     "chosen": {"size": ODD, "n": 8, "start": 100, "w": 24, "k": 8},
     "fewer visible than chosen": {"size": TINY, "n": 4, "start": 17, "w": 64, "k": 32},
     "a chunk": {"size": TINY, "n": 40, "start": 50, "w": 64, "k": 16},
@@ -121,19 +121,21 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(name: str, dtype: Any) -> None:
     case = Case(**CASES[name], dtype=dtype)
     tolerance = 2e-5 if dtype == mx.float32 else 2**-7
     close(case.run, case.expected(), tolerance, tolerance)
 
 
+@LATER
 @pytest.mark.parametrize("name", ["all of few", "chosen", "a chunk"])
 def test_attention_over_float_rows(name: str) -> None:
     case = Case(**CASES[name], native=False)
     close(case.run, case.expected(), 2e-5, 2e-5)
 
 
+@LATER
 @pytest.mark.parametrize("k", [0, 512])
 def test_attention_of_flash(k: int) -> None:
     case = Case(FLASH, 1, 4000 if k else 700, 128, 4, k, mx.bfloat16)
@@ -155,18 +157,21 @@ def test_a_query_does_not_depend_on_the_others() -> None:
         np.testing.assert_array_equal(host(one.run(launcher()))[0][0], out[i])
 
 
+@LATER
 @pytest.mark.parametrize(
     ("kernel", "change"),
     [
-        ("attend_split", ("exists = step[0] + int(at) >= W - 1;", "")),
+        ("attend_split", ("exists = int(at) >= before_window;", "")),
         ("attend_split", ("float2(0.0f);\n    if (exists)", "float2(0.0f);\n    if (slot < end)")),
-        ("attend_split", ("at < W - 1\n", "at < W\n")),
+        ("attend_split", ("at < W - 1 ?", "at < W ?")),
         ("attend_split", ("total[i] * decay +", "total[i] +")),
         ("attend_split", ("sums[h][t].thread_elements()[1] *= decays[head];", "")),
-        ("attend_split", ("id < uint(step[1])\n", "id <= uint(step[1])\n")),
+        ("attend_split", ("id < n_old ?", "id <= n_old ?")),
         ("attend_split", ("b < BLOCKS; b++) logit", "b < 1; b++) logit")),
         ("attend_split", ("16 * (tile_r / 2) + 2 * t", "16 * (tile_r / 4) + 2 * t")),
-        ("attend_split", ("size_t(place[1])", "size_t(place[0] - 2)")),
+        ("attend_split", ("size_t(place[1]) *", "size_t(place[0] - 2) *")),
+        ("attend_split", ("n_rows <= FEW_ROWS ? 32 : 64", "32")),
+        ("attend_split", ("rows * most_parts < n_rows", "rows * most_parts * 2 < n_rows")),
         ("attend_merge", (" + exp(sink - highest)", "")),
         ("attend_merge", ("float2(table[0], -table[1])", "float2(table[0], table[1])")),
         ("attend_merge", ("sum += simd_shuffle(decay, ushort(i)) *", "sum +=")),
@@ -174,6 +179,7 @@ def test_a_query_does_not_depend_on_the_others() -> None:
 )
 def test_attention_planted(kernel: str, change: tuple[str, str]) -> None:
     cases = [Case(**CASES["all of few"]), Case(TINY, 5, 300, 24)]
+    cases += [Case(TINY, 1, start, 24) for start in (2000, 8400)]
 
     def check(launcher: Launcher) -> None:
         for case in cases:

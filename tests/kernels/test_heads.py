@@ -17,7 +17,7 @@ from ds4py.cache import rows as stored
 from ds4py.kernels import compress, heads, rope
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
-from tests.kernels.shaders import caught, host, launcher, shader_runs
+from tests.kernels.shaders import DTYPES, LATER, caught, host, launcher, shader_runs
 
 pytestmark = pytest.mark.shader
 OPS = cast(Ops, MlxOps())
@@ -200,8 +200,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("size", "kind", "n", "start"), CASES)
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("native", [True, pytest.param(False, marks=LATER)])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_prepare_and_rows(
     size: Size, kind: str, n: int, start: int, native: bool, dtype: Any
 ) -> None:
@@ -213,6 +213,7 @@ def test_prepare_and_rows(
             compare_rows(step, found)
 
 
+@LATER
 @pytest.mark.parametrize("kind", KINDS)
 def test_prepare_and_rows_of_flash(kind: str) -> None:
     step = Step(layer(FLASH, kind), 2, 30, mx.bfloat16)
@@ -241,6 +242,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         np.testing.assert_array_equal(x, y[2:5])
 
 
+@LATER
 @pytest.mark.parametrize(
     "change",
     [
@@ -264,6 +266,7 @@ def test_prepare_planted(change: tuple[str, str]) -> None:
     )
 
 
+@LATER
 @pytest.mark.parametrize(
     ("kind", "change"),
     [

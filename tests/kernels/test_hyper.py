@@ -9,7 +9,7 @@ import pytest
 from ds4py.kernels import hyper
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
-from tests.kernels.shaders import caught, close, host
+from tests.kernels.shaders import DTYPES, LATER, caught, close, host
 
 pytestmark = pytest.mark.shader
 OPS = cast(Ops, MlxOps())
@@ -51,7 +51,7 @@ class Pre:
     ("n", "d", "iters", "parts"),
     [(1, 256, 20, 4), (3, 256, 6, 1), (2, 32, 20, 3), (1, 256, 0, 4), (9, 8, 1, 2)],
 )
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pre(n: int, d: int, iters: int, parts: int, dtype: Any) -> None:
     """bfloat16: a sum on a rounding boundary moves the collapsed row by a step of 2^-8, twice."""
     case = Pre(n, d, iters, parts, dtype)
@@ -65,12 +65,14 @@ def test_pre_with_fewer_streams(h: int) -> None:
     close(case.run, case.expected(), 2e-5, 2e-5)
 
 
+@LATER
 @pytest.mark.parametrize("iters", [20, 0])
 def test_pre_of_flash(iters: int) -> None:
     case = Pre(2, 4096, iters, 64, mx.bfloat16)
     close(case.run, case.expected(), 2**-7, 2**-7)
 
 
+@LATER
 @pytest.mark.parametrize(
     "change",
     [
@@ -117,18 +119,20 @@ class Embed:
 @pytest.mark.parametrize(
     ("n", "d", "rows"), [(1, 256, 24), (8, 256, 24), (9, 32, 24), (17, 100, 4), (3, 8, 24)]
 )
-@pytest.mark.parametrize("table", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("table", [*DTYPES, pytest.param(mx.float16, marks=LATER)])
 def test_embed(n: int, d: int, rows: int, table: Any) -> None:
     dtype = mx.float32 if table == mx.float32 else mx.bfloat16
     case = Embed(n, d, rows, dtype, table)
     close(case.run, case.expected(), 2e-5, 1e-4)
 
 
+@LATER
 def test_embed_of_flash() -> None:
     case = Embed(2, 4096, 24, mx.bfloat16, mx.bfloat16)
     close(case.run, case.expected(), 2e-5, 1e-3)
 
 
+@LATER
 @pytest.mark.parametrize(
     "change",
     [

@@ -10,7 +10,7 @@ from ds4py.cache import rows as stored
 from ds4py.kernels import index, rounding
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
-from tests.kernels.shaders import caught, host, launcher, shader_runs
+from tests.kernels.shaders import DTYPES, LATER, caught, host, launcher, shader_runs
 from tests.kernels.test_heads import FLASH, ODD, TINY, Size, layer, normal
 
 pytestmark = pytest.mark.shader
@@ -107,19 +107,21 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_search(name: str, dtype: Any) -> None:
     case = Case(*CASES[name], dtype=dtype)
     for made in shader_runs(case.run):
         case.compare(made)
 
 
+@LATER
 def test_search_over_float_rows() -> None:
     case = Case(*CASES["golden"], native=False)
     for made in shader_runs(case.run):
         case.compare(made)
 
 
+@LATER
 def test_search_of_flash() -> None:
     case = Case(FLASH, 1, 4 * 2300, 512, mx.bfloat16)
     for made in shader_runs(case.run):
@@ -155,6 +157,7 @@ def test_exact_scores(kind: str, n_parts: int) -> None:
         assert host(made)[0].tolist() == np.array(wanted).tolist()
 
 
+@LATER
 def test_the_longest_list_fits() -> None:
     """Pro chooses 1,024 rows: what must lie in threadgroup memory stays under 32 KB."""
     case = exact(Case(FLASH, 1, 4 * 1400, 1024), "ties")
@@ -162,6 +165,7 @@ def test_the_longest_list_fits() -> None:
     assert host(case.run(launcher()))[0].tolist() == np.array(wanted).tolist()
 
 
+@LATER
 @pytest.mark.parametrize(
     ("kernel", "change"),
     [
@@ -169,7 +173,7 @@ def test_the_longest_list_fits() -> None:
         ("index_candidates", ("e2m1_decode(codes >> 4)", "e2m1_decode(codes)")),
         ("index_candidates", ("(part * (D / 4) + 8 * w) / FP4_BLOCK", "0")),
         ("index_candidates", ("id < n_old\n", "id < n_old + 1\n")),
-        ("index_candidates", ("id < end ? score_key", "id <= end ? score_key")),
+        ("index_candidates", ("id < n_rows ? score_key", "id <= n_rows ? score_key")),
         ("index_candidates", ("sums[i] += simd_shuffle_xor(sums[i], ushort(8));", "")),
         ("index_candidates", ("? ~bits : bits", "? bits : bits")),
         ("index_candidates", ("other_key && id < other_id", "other_key && id > other_id")),

@@ -9,7 +9,7 @@ import pytest
 from ds4py.kernels import route
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
-from tests.kernels.shaders import caught, host, shader_runs
+from tests.kernels.shaders import LATER, caught, host, shader_runs
 
 pytestmark = pytest.mark.shader
 OPS = cast(Ops, MlxOps())
@@ -63,6 +63,7 @@ def test_far_out_logits_and_ties() -> None:
         assert host(made)[0][1:].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
+@LATER
 @pytest.mark.parametrize(
     "change",
     [
@@ -86,6 +87,7 @@ def test_experts_planted(change: tuple[str, str]) -> None:
     caught(check, {"route_experts": change})
 
 
+@LATER
 def test_table_planted() -> None:
     case = Case(9, 16, 2, hashed=True)
     change = ("size_t(tokens[row]) * K", "size_t(row) * K")
