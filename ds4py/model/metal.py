@@ -7,7 +7,7 @@ lists it, and the engine's statistics show the list.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
@@ -235,16 +235,14 @@ class Metal(Reference):
         )
 
     def grouped(self, o: Array, weight: Packed) -> Array:
-        return self._dense(o, weight, groups=self.config.o_groups)
+        return self._dense(o, weight, groups=self.config.o_groups, result=self.dtype)
 
     def leave(self, y: Array, weight: Packed, residual: Residual, reader: HyperWeights) -> Streams:
         after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
-        (matrix,) = weight
-        made = [
-            dense.expand(self.launcher, y[rows], matrix, part)
-            for rows, part in self._pieces(y.shape[0], after)
-        ]
-        return joined(made)
+        if is_step(y):
+            return Streams(*dense.expand(self.launcher, y, weight[0], after))
+        terms = dense.matmul(self.launcher, y, weight, self.dtype)[:, None]
+        return Streams(*dense.add(self.launcher, terms, after))
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
         logits, c = self._dense(x, layer.w_in[:1]), self.config
@@ -267,19 +265,16 @@ class Metal(Reference):
         if placed is None:
             return self._routed(x, layer, routing, residual)
         records, slots = placed
-        made = []
-        for rows, part in self._pieces(x.shape[0], after):
-            h = moe.gate_up(
-                self.launcher,
-                x[rows],
-                records,
-                slots[rows],
-                routing.weights[rows],
-                layer.w_in[1:],
-                self.config.swiglu_limit,
-            )
-            made.append(moe.down(self.launcher, h, records, slots[rows], layer.shared_w2[0], part))
-        return joined(made)
+        after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
+        run, down = self.launcher, layer.shared_w2[0]
+        weights, shared, limit = routing.weights, layer.w_in[1:], self.config.swiglu_limit
+        if is_step(x):
+            h = moe.gate_up(run, x, records, slots, weights, shared, limit)
+            return Streams(*moe.down(run, h, records, slots, down, after))
+        groups = moe.group(run, routing.ids, self.config.n_routed_experts)
+        h = moe.matmul_gate_up(run, x, records, groups, slots, weights, shared, limit)
+        terms = moe.matmul_down(run, h, records, groups, slots, down)
+        return Streams(*dense.add(run, terms, after))
 
     def _routed(self, x: Array, layer: MoE, routing: Routing, residual: Residual) -> Streams:
         """Experts whose source computes them itself."""
@@ -291,12 +286,6 @@ class Metal(Reference):
         n, h, _ = residual.streams.shape
         post, comb = residual.gates[:, :h], residual.gates[:, h:].reshape(n, h, h)
         return Streams(hyper.expand(self.ops, y, residual.streams, post, comb))
-
-    def _pieces(self, n: int, after: dense.Residual) -> Iterator[tuple[slice, dense.Residual]]:
-        """Rows in groups that the decode kernels take, each with its part of the residual."""
-        for start in range(0, n, matvec.MAX_ROWS):
-            rows = slice(start, start + matvec.MAX_ROWS)
-            yield rows, dense.Residual(after.streams[rows], after.gates[rows], after.fn)
 
     def draft(self, layer: DraftLayer, streams: Array, tokens: Array) -> Streams:
         ops, eps, (n, h, d) = self.ops, self.config.rms_norm_eps, streams.shape
@@ -317,12 +306,13 @@ class Metal(Reference):
 
     def _dense(self, x: Array, maps: Packed, **how: Any) -> Array:
         """x [S, in] through maps that share it; `how` as in `dense.project`."""
-        most, n = matvec.MAX_ROWS, x.shape[0]
-        if n <= most:
-            return dense.project(self.launcher, x, maps, self.dtype, **how)
-        parts = [x[i : i + most] for i in range(0, n, most)]
-        made = [dense.project(self.launcher, p, maps, self.dtype, **how) for p in parts]
-        return self.ops.concatenate(made)
+        product = dense.project if is_step(x) else dense.matmul
+        return product(self.launcher, x, maps, self.dtype, **how)
+
+
+def is_step(x: Array) -> bool:
+    """Few rows, which share one reading of the weights; more are a prompt's."""
+    return bool(x.shape[0] <= matvec.MAX_ROWS)
 
 
 @cache
@@ -340,11 +330,3 @@ def numbers(*values: float) -> mx.array:
 def columns(x: Array, widths: list[int]) -> list[Array]:
     """x [S, sum of widths] apart."""
     return [x[:, start:end] for start, end in pairwise(accumulate(widths, initial=0))]
-
-
-def joined(parts: list[tuple[Array, Array]]) -> Streams:
-    """Streams and partials of groups of rows, one behind the other."""
-    if len(parts) == 1:
-        return Streams(*parts[0])
-    streams, partials = ([part[i] for part in parts] for i in range(2))
-    return Streams(mx.concatenate(streams), mx.concatenate(partials, axis=1))
