@@ -104,7 +104,8 @@ class Engine:
         self.tokenizer: Tokenizer | None = files.tokenizer()
         source = files.source(progress)
         rounded = options.trained_rounding
-        native = rounded and options.dtype != "float32"  # cache/rows.py says why
+        # cache/rows.py says why; the kernels know no rounded rows but native ones.
+        native = rounded and (options.dtype != "float32" or launcher is not None)
         rows = row_formats(ops, self.config, dtype, rounded, native)
         records = memory.streamable(source)
         wishes = options.streaming
