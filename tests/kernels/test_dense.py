@@ -84,6 +84,8 @@ PROJECTIONS = {
     "norm of five rows": Projection(5, 1024, (("Q8_0", 33), ("FP8", 8)), norm=True),
     "groups": Projection(2, 256, (("Q8_0", 65),), groups=2),
     "one row of 32": Projection(1, 32, (("MXFP4", 1),)),
+    "rows longer than a burst": Projection(1, 8192, (("Q8_0", 9), ("FP8", 3), ("F32", 2))),
+    "two rows of V4-Flash": Projection(2, 4096, (("IQ2_XXS", 18), ("MXFP4", 9), ("Q6_K", 5))),
 }
 
 
@@ -93,11 +95,22 @@ def test_projection(case: Projection) -> None:
     near(lambda shaders: [case.run(shaders, x)], [case.reference(x)], FLOAT32)
 
 
-def test_projection_in_bfloat16() -> None:
-    x = mx.array(normal(3, 256)).astype(mx.bfloat16)
-    weights = matrices((("Q8_0", 9), ("IQ2_XXS", 8)), 256)
-    want = dense.project_ref(MLX, x, [lazy(m) for m in weights], mx.bfloat16)
-    near(lambda shaders: [dense.project(shaders, x, weights, mx.bfloat16)], [want], FLOAT32)
+@pytest.mark.parametrize(("s", "function"), [(3, dense.project), (34, dense.matmul)])
+def test_products_in_bfloat16(s: int, function: Any) -> None:
+    """Inputs are rounded before the products, whose sums are not, unless the result is asked for
+    in bfloat16."""
+    x, norm = mx.array(normal(s, 256)).astype(mx.bfloat16), mx.array(normal(256, seed=3))
+    weights = matrices((("Q8_0", 12), ("IQ2_XXS", 8)), 256)
+    packed = [lazy(m) for m in weights]
+    want = dense.project_ref(MLX, x, packed, mx.bfloat16)
+    near(lambda shaders: [function(shaders, x, weights, mx.bfloat16)], [want], FLOAT32)
+    want = dense.project_ref(MLX, x.astype(mx.float32), packed, mx.bfloat16, norm)
+    how = {"norm": norm, "result": mx.bfloat16}
+    near(
+        lambda shaders: [function(shaders, x, weights, mx.bfloat16, **how)],
+        [want.astype(mx.bfloat16)],
+        BFLOAT16,
+    )
 
 
 def lazy(m: PackedMatrix) -> PackedMatrix:
@@ -110,7 +123,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     weights = matrices((("Q8_0", 33), ("Q2_K", 6), ("MXFP4", 5)), 1280)
     norm = mx.array(normal(1280, seed=3))
     whole = dense.project(shaders, mx.array(x), weights, mx.float32, norm)
-    for first, last in ((0, 1), (5, 6), (2, 4)):
+    for first, last in ((0, 1), (5, 6), (2, 4), (3, 8)):
         part = dense.project(shaders, mx.array(x[first:last]), weights, mx.float32, norm)
         compare([part], [whole[first:last]], 0)
 
@@ -146,6 +159,9 @@ def test_expand_in_bfloat16() -> None:
     after = residual(2, 256, 4, 24, dtype=mx.bfloat16)
     want = dense.expand_ref(MLX, x, lazy(matrix), after)
     near(lambda shaders: dense.expand(shaders, x, matrix, after), want, BFLOAT16)
+    terms = mx.array(normal(2, 3, 256, seed=1))
+    want = dense.add_ref(MLX, terms.sum(1), after)
+    near(lambda shaders: dense.add(shaders, terms, after), want, BFLOAT16)
 
 
 DECODERS = [

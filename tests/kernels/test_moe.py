@@ -99,6 +99,8 @@ STEPS = {
     "four bits, eight rows": Step(8, 512, 256, "Q4_K", "Q4_K", "Q8_0"),
     "MXFP4": Step(2, 288, 96, "MXFP4", "MXFP4", "FP8"),
     "six of many": Step(1, 256, 40, "BF16", "F32", "BF16", chosen=6),
+    "as wide as V4-Flash": Step(2, 4096, 32, "IQ2_XXS", "MXFP4", "Q8_0", n_slots=4),
+    "as deep as V4-Flash": Step(1, 64, 2048, "MXFP4", "Q2_K", "Q8_0", n_slots=4),
 }
 
 
@@ -164,6 +166,13 @@ def test_experts_in_bfloat16() -> None:
     want = moe.gate_up_ref(MLX, x, experts, slots, weights, (gate, up), LIMIT)
     args = x, experts, slots, weights, (gate, up), LIMIT
     near(lambda shaders: [moe.gate_up(shaders, *args)], [want], BFLOAT16)
+
+    def prompt(shaders: Launcher) -> Any:
+        grouping = moe.group(shaders, slots, step.n_slots)
+        h = moe.matmul_gate_up(shaders, x, experts, grouping, *args[2:])
+        return [h, moe.matmul_down(shaders, want, experts, grouping, slots, down)]
+
+    near(prompt, [want, moe.matmul_down_ref(MLX, want, experts, slots, down)], BFLOAT16)
     after = step.residual()
     after = Residual(after.streams.astype(mx.bfloat16), after.gates, after.fn)
     sums = moe.down_ref(MLX, want, experts, slots, down, after)
