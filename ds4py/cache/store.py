@@ -82,8 +82,9 @@ class Store:
     def ids(self, found: Found) -> list[int]:
         """The token ids of a snapshot; empty when they are not all there."""
         with self._misses("look-up"):
-            ids = np.frombuffer(self._index.ids(found), "<i4")
-            return ids.tolist() if len(ids) == found.tokens else []
+            data = self._index.ids(found)
+            if hashlib.sha256(data).digest() == found.ids_hash:
+                return np.frombuffer(data, "<i4").tolist()
         return []
 
     def load(self, found: Found, tokens: list[int]) -> Image | None:
