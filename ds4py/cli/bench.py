@@ -41,3 +41,30 @@ def run_encode(weights: int, repeat: int) -> int:
         print(f"{rate.format:8} {rate.bits:6.3f} {how:>10} {speeds}  {rate.error:.2e}")
     print(json.dumps(encode_speed.as_json(rates, machine.describe())))
     return 0
+
+
+def run_kv(model: ModelChoice, repeat: int, with_trace: bool, json_only: bool) -> int:
+    """Measure sessions on disk; tables, then one line of JSON. The exit code."""
+    engine, _ = open_engine(Settings(model))
+    from ds4py.bench import kv, machine
+
+    per_token = kv.token_bytes(engine)
+    with ProgressBar(sys.stderr) as bar:
+        restores, saves = kv.measure(engine, repeat=repeat, progress=bar)
+        traced = kv.replay(per_token, kv.frontier_bytes(engine), progress=bar) if with_trace else []
+    if not json_only:
+        print(f"{engine.name}: {per_token:.1f} bytes of rows a token")
+        print(f"{'tokens':>7} {'read s':>9} {'restore s':>9} {'times':>6} {'bytes':>9}")
+        for r in restores:
+            times = f"{r.read_s:9.4f} {r.restore_s:9.4f} {r.times:6.1f}"
+            print(f"{r.tokens:7} {times} {r.n_bytes:9}")
+        print(f"{'tokens':>7} {f'+{kv.TURN} s':>9} {'bytes':>9} {'allowed':>9}")
+        for save in saves:
+            print(f"{save.tokens:7} {save.seconds:9.4f} {save.n_bytes:9} {save.allowed:9}")
+        if traced:
+            print(f"{'disk bytes':>10}  share of the prompts read anew")
+        for t in traced:
+            shares = "  ".join(f"{name} {share:.3f}" for name, share in t.recomputed.items())
+            print(f"{t.budget:10}  {shares}")
+    print(json.dumps(kv.as_json(engine, restores, saves, traced, machine.describe())))
+    return 0

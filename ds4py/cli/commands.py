@@ -479,3 +479,23 @@ def encode(
     from ds4py.cli.bench import run_encode
 
     return run_encode(weights, repeat)
+
+
+@bench.command(short_help="Measure sessions on disk.")
+def kv(
+    model: Model = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Runs of each; the median counts.")
+    ] = 3,
+    trace: Annotated[
+        bool, typer.Option("--trace/--no-trace", help="Replay a day of agents under each rule.")
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
+) -> int:
+    """Measure restoring a prompt against reading it, saving a turn, and what eviction loses.
+
+    Prints tables and, as the last line, JSON with the machine and the version.
+    """
+    from ds4py.cli.bench import run_kv
+
+    return run_kv(given.choose_model(model), repeat, trace, json)

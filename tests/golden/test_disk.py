@@ -82,6 +82,16 @@ def test_restored_goes_on_as_if_never_stopped(engine: Engine, ids: list[int], ke
         restored.rewind(max(cut - 5, 1))
         whole.rewind(max(cut - 5, 1))
         assert arrays(restored) == arrays(whole)
+    four = [again._engine.session() for _ in cuts[-4:]]
+    for session, cut in zip(four, cuts[-4:], strict=True):
+        again.restore(session, ids[:cut])
+    options = SamplingOptions(seed=3, max_tokens=5, temperature=1.2, stop_at_eos=False)
+    for _ in zip(*(session.generate(options) for session in four), strict=True):
+        pass  # in turns
+    for session, cut in zip(four, cuts[-4:], strict=True):
+        whole.sync(ids[:cut])
+        generated(whole, 5)
+        assert arrays(session) == arrays(whole)
 
 
 def test_another_model_is_a_miss(engine: Engine, ids: list[int], kept: Kept) -> None:
