@@ -37,7 +37,7 @@ from ds4py.server.openai_completions import CompletionBody, CompletionExchange
 from ds4py.server.openai_responses import ResponsesBody, ResponsesExchange
 from ds4py.server.prompt import PromptWriter
 from ds4py.server.replay import Replays
-from ds4py.server.respond import Exchange, Inbox, Pace, Stream, Whole, to_json
+from ds4py.server.respond import Bridge, Exchange, Inbox, Pace, Stream, Whole, to_json
 from ds4py.server.worker import Worker
 
 log = logging.getLogger("ds4.server")
@@ -86,6 +86,7 @@ class Service:
         self.kept = Kept()
         self.replays = Replays(rules.state)
         self._writer: PromptWriter | None = None
+        self._bridge: Bridge | None = None
 
     @property
     def writer(self) -> PromptWriter:
@@ -119,7 +120,9 @@ class Service:
     async def answer(self, make: Callable[[], Exchange]) -> Response:
         """Run an exchange. It is made on a thread: writing a long prompt takes a while."""
         exchange = await asyncio.to_thread(make)
-        inbox = Inbox(self.worker, exchange.requests)
+        if self._bridge is None:
+            self._bridge = Bridge()
+        inbox = Inbox(self.worker, exchange.requests, self._bridge)
         kind = Stream if exchange.streaming else Whole
         return kind(exchange, inbox, self.rules.pace, self.record)
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from ds4py.engine.engine import Engine
 from ds4py.engine.scheduler import Scheduler
@@ -70,22 +70,6 @@ class Counters:
     """Answers by the reason they ended for."""
 
 
-class Stepper(Protocol):
-    """Takes one step for each of the jobs; yields each with its token or the error it met."""
-
-    def __call__(self, jobs: list[Job]) -> Iterator[tuple[Job, Token | Exception]]: ...
-
-
-def step_each(jobs: list[Job]) -> Iterator[tuple[Job, Token | Exception]]:
-    """One step after the other."""
-    for job in jobs:
-        assert job.tokens is not None
-        try:
-            yield job, next(job.tokens)
-        except Exception as error:
-            yield job, error
-
-
 class Worker:
     """Owns engine and sessions on a thread of its own. `submit` and `cancel` may come from any."""
 
@@ -99,7 +83,6 @@ class Worker:
         self._stopping = False
         self._scheduler: Scheduler | None = None
         self._retry_at = 0.0  # when there may be memory for the first of the queue
-        self._step: Stepper = step_each
         self._decode_until = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.engine: Engine | None = None
@@ -244,8 +227,8 @@ class Worker:
         self._read_one()
         writing = [job for job in self._active if job.tokens is not None]
         ready = [job for job in writing if job.backlog() < MAX_BACKLOG]
-        for job, token in self._step(ready):
-            self._take(job, token)
+        for job in ready:  # those that wait for a token share one step of the model
+            self._write_one(job)
         if writing and not ready and len(writing) == len(self._active):
             with self._wake:
                 self._wake.wait(0.02)  # every client is behind
@@ -283,15 +266,19 @@ class Worker:
         now = perf_counter()
         self._decode_until = now + (now - start)
 
-    def _take(self, job: Job, token: Token | Exception) -> None:
+    def _write_one(self, job: Job) -> None:
+        """The next token of an answer."""
         if job.cancelled:
             self._leave(job)
-        elif isinstance(token, Exception):
-            self._fail(job, token)
-        else:
-            assert job.generation is not None
-            self.counters.written_tokens += 1
-            self._deliver(job, job.generation.take(token))
+            return
+        assert job.generation is not None and job.tokens is not None
+        try:
+            token = next(job.tokens)
+        except Exception as error:
+            self._fail(job, error)
+            return
+        self.counters.written_tokens += 1
+        self._deliver(job, job.generation.take(token))
 
     def _deliver(self, job: Job, events: list[Event]) -> None:
         generation = job.generation
