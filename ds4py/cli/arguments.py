@@ -84,6 +84,9 @@ ThinkFirst = Annotated[
     bool, typer.Option("--think/--no-think", help="Reason first where a request does not say.")
 ]
 StrictModel = Annotated[bool, typer.Option("--strict-model", help="Refuse names of other models.")]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="Ignore unknown fields instead of refusing them.")
+]
 Origins = Annotated[
     list[str] | None,
     typer.Option(metavar="ORIGIN", help="A web page that may use the server. Repeatable."),

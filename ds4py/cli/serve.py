@@ -38,6 +38,7 @@ class ServeOptions:
     queue: int
     thinking: bool
     strict_model: bool
+    lenient: bool
     origins: tuple[str, ...]
     max_body: str
     kv_memory: str | None
@@ -66,6 +67,7 @@ def run(settings: Settings, options: ServeOptions) -> int:
         api_key=options.api_key,
         check_host=local,
         strict_model=options.strict_model,
+        lenient=options.lenient,
         origins=options.origins,
         thinking=options.thinking,
         max_body=parse_size(options.max_body),

@@ -25,8 +25,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ds4py.errors import InputError
-from ds4py.server import anthropic, metrics
+from ds4py.server import anthropic, describe, metrics
 from ds4py.server import body as bodies
 from ds4py.server.anthropic import CountBody, MessagesBody, MessagesExchange
 from ds4py.server.errors import ApiError, NotReady
@@ -38,6 +37,7 @@ from ds4py.server.openai_responses import ResponsesBody, ResponsesExchange
 from ds4py.server.prompt import PromptWriter
 from ds4py.server.replay import Replays
 from ds4py.server.respond import Bridge, Exchange, Inbox, Pace, Stream, Whole, to_json
+from ds4py.server.tokens import DetokenizeBody, TokenizeBody, detokenized, tokenized
 from ds4py.server.worker import Worker
 
 log = logging.getLogger("ds4.server")
@@ -66,6 +66,8 @@ class Rules:
     """Web pages that may use the server although they are not its own."""
     strict_model: bool = False
     """Refuse names of models that are not ours. Otherwise any name means the one there is."""
+    lenient: bool = False
+    """Ignore fields of bodies that are unknown instead of refusing them."""
     thinking: bool = True
     """Whether reasoning is on where a request of the OpenAI APIs says nothing."""
     max_body: int = 64 << 20
@@ -150,7 +152,8 @@ async def read_body(request: HttpRequest, model: type[AnyBody]) -> AnyBody:
     encoding = request.headers.get("content-encoding", "").lower()
 
     def check() -> AnyBody:
-        return bodies.checked(model, bodies.decode(bytes(data), encoding, rules.max_body))
+        value = bodies.decode(bytes(data), encoding, rules.max_body)
+        return bodies.checked(model, value, rules.lenient)
 
     # Small bodies are checked at once: a thread costs more than the check.
     return check() if len(data) < 1 << 16 else await asyncio.to_thread(check)
@@ -197,44 +200,20 @@ async def count_tokens(request: HttpRequest) -> Response:
     return reply({"input_tokens": len(tokens)})
 
 
-class TokenizeBody(bodies.Body):
-    """A text, or token ids."""
-
-    content: str
-    add_special: bool = False
-    with_pieces: bool = False
-    HARMLESS = frozenset({"model", "parse_special"})
-
-
-class DetokenizeBody(bodies.Body):
-    """Token ids."""
-
-    tokens: list[int]
-    HARMLESS = frozenset({"model"})
-
-
 async def tokenize(request: HttpRequest) -> Response:
     body = await read_body(request, TokenizeBody)
-    tokenizer = request.app.state.service.writer.tokenizer
-    try:
-        ids = await asyncio.to_thread(tokenizer.encode, body.content)
-    except InputError as error:
-        raise ApiError(str(error), param="content") from error
-    if body.add_special:
-        ids = [tokenizer.bos_id, *ids]
-    if not body.with_pieces:
-        return reply({"tokens": ids, "count": len(ids)})
-    pieces = [{"id": i, "piece": tokenizer.piece(i).decode("utf-8", "replace")} for i in ids]
-    return reply({"tokens": pieces, "count": len(ids)})
+    writer = request.app.state.service.writer
+    return reply(await asyncio.to_thread(tokenized, body, writer))
 
 
 async def detokenize(request: HttpRequest) -> Response:
     body = await read_body(request, DetokenizeBody)
     writer = request.app.state.service.writer
-    bad = next((i for i in body.tokens if not 0 <= i < writer.vocab_size), None)
-    if bad is not None:
-        raise ApiError(f"{bad} is no token; need ids below {writer.vocab_size}", param="tokens")
-    return reply({"content": await asyncio.to_thread(writer.tokenizer.decode, body.tokens)})
+    return reply(await asyncio.to_thread(detokenized, body, writer))
+
+
+async def told_openapi(request: HttpRequest) -> Response:
+    return reply(describe.openapi())
 
 
 def _model_object(service: Service, for_anthropic: bool) -> dict[str, Any]:
@@ -393,30 +372,37 @@ def as_api_error(failure: Exception) -> ApiError:
     return ApiError("the server failed; see its log", 500)
 
 
+ANSWERS: dict[str, Callable[[HttpRequest], Awaitable[Response]]] = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+    "/v1/messages/count_tokens": count_tokens,
+    "/v1/models": models,
+    "/v1/models/{name}": one_model,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/health": health,
+    "/status": told_status,
+    "/metrics": told_metrics,
+    "/props": props,
+    "/openapi.json": told_openapi,
+    "/": page,
+}
+"""What answers at each of the endpoints that `describe` lists."""
+
+
 def make_app(service: Service) -> ASGIApp:
     """The application. The worker may still be loading its model."""
 
-    def route(
-        path: str, endpoint: Callable[[HttpRequest], Awaitable[Response]], *methods: str
-    ) -> Route:
-        return Route(path, endpoint, methods=list(methods))
-
     app = Starlette(
         routes=[
-            route("/v1/chat/completions", chat_completions, "POST"),
-            route("/v1/completions", completions, "POST"),
-            route("/v1/responses", responses, "POST"),
-            route("/v1/messages", messages, "POST"),
-            route("/v1/messages/count_tokens", count_tokens, "POST"),
-            route("/v1/models", models, "GET"),
-            route("/v1/models/{name:path}", one_model, "GET"),
-            route("/tokenize", tokenize, "POST"),
-            route("/detokenize", detokenize, "POST"),
-            route("/health", health, "GET"),
-            route("/status", told_status, "GET"),
-            route("/metrics", told_metrics, "GET"),
-            route("/props", props, "GET"),
-            route("/", page, "GET"),
+            Route(
+                endpoint.path.replace("{name}", "{name:path}"),
+                ANSWERS[endpoint.path],
+                methods=[endpoint.method.upper()],
+            )
+            for endpoint in describe.ENDPOINTS
         ],
         exception_handlers={HTTPException: told, ApiError: told, Exception: told},
     )

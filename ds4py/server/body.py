@@ -60,14 +60,21 @@ def decode(data: bytes, encoding: str, limit: int) -> dict[str, Any]:
     return value
 
 
-def checked(model: type[AnyBody], body: Mapping[str, Any]) -> AnyBody:
-    """The body as its protocol's model. Raises ApiError naming the first field at fault."""
+def checked(model: type[AnyBody], body: Mapping[str, Any], lenient: bool = False) -> AnyBody:
+    """The body as its protocol's model. Raises ApiError naming the first field at fault.
+
+    lenient: unknown fields are ignored.
+    """
     given = {key: value for key, value in body.items() if value is not None}
+    known = model.model_fields.keys() | model.HARMLESS | model.REFUSED.keys()
     for key in given:
         if key in model.REFUSED and given[key]:
             raise ApiError(f"{key} is not supported: {model.REFUSED[key]}", param=key)
-        if key not in model.model_fields and key not in model.HARMLESS | model.REFUSED.keys():
-            raise ApiError(f"the field {key} is unknown; leave it out", param=key)
+        if key not in known and not lenient:
+            raise ApiError(
+                f"the field {key[:80]} is unknown; leave it out, or start the server --lenient",
+                param=key,
+            )
     try:
         return model.model_validate(given)
     except ValidationError as error:

@@ -31,6 +31,13 @@ class Thinking(Part):
     type: str
 
 
+class ReasoningOptions(Part):
+    """The same, where OpenRouter's clients have it."""
+
+    effort: str | None = None
+    enabled: bool | None = None
+
+
 class TemplateArguments(Part):
     """The same switch, where other servers have it."""
 
@@ -67,6 +74,8 @@ class ChatBody(Body):
     response_format: parts.ResponseFormat | None = None
     reasoning_effort: str | None = None
     thinking: Thinking | None = None
+    enable_thinking: bool | None = None
+    reasoning: ReasoningOptions | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
     HARMLESS: ClassVar = frozenset(
@@ -74,6 +83,7 @@ class ChatBody(Body):
         "safety_identifier verbosity prediction modalities client_metadata cache_prompt id_slot "
         "return_progress timings_per_token provider transforms route include_reasoning "
         "reasoning_format separate_reasoning skip_special_tokens add_generation_prompt "
+        "usage session_id trace models plugins tool_stream "
         "stream_reasoning cache_control return_token_ids request_id priority keep_alive".split()
     )
     REFUSED: ClassVar = {
@@ -100,9 +110,11 @@ def conversation(body: ChatBody, thinks: bool) -> Conversation:
     tools, choice = parts.tools_of(body.tools, nested=True), parts.choice_of(body.tool_choice)
     check_tools(tools, choice, "tools")
     extra = body.chat_template_kwargs or TemplateArguments()
-    for switch in (extra.enable_thinking, extra.thinking):
+    options = body.reasoning or ReasoningOptions()
+    for switch in (extra.enable_thinking, extra.thinking, body.enable_thinking, options.enabled):
         thinks = thinks if switch is None else switch
-    thinks, effort = effort_of(body.reasoning_effort, thinks, "reasoning_effort")
+    effort_name = body.reasoning_effort or options.effort
+    thinks, effort = effort_of(effort_name, thinks, "reasoning_effort")
     if body.thinking is not None:
         if body.thinking.type not in ("enabled", "disabled", "adaptive"):
             raise ApiError("need enabled or disabled", param="thinking.type")

@@ -229,7 +229,7 @@ def main() -> None:
     def announce(stop: object) -> None:
         print(listener.getsockname()[1], flush=True)
 
-    engine: Any = ScriptedEngine(script)
+    engine: Any = ScriptedEngine(script, context=1_000_000)
     scheduler: Any = ScriptedScheduler(engine)
     worker = Worker(lambda progress: (engine, scheduler), 4, 64)
     listen.run(worker, Rules(), [listener], 1.0, announce)
