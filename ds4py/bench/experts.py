@@ -196,14 +196,16 @@ class _FakeDecode:
         self.size = max(r.record_bytes for r in records.values())
         files = [layer for layer, r in records.items() if r.record_bytes == self.size]
         self.n_experts = records[files[0]].n_experts
-        # Few big files make many layers: each takes its own range of a file's records.
-        self.n_layers, self.chosen = 8, chosen
-        self.span = self.n_experts * len(files) // self.n_layers
+        # Few big files make several layers: each takes its own range of all their records.
+        total = self.n_experts * len(files)
+        self.chosen = min(chosen, max(1, total // (4 * 2)))
+        self.n_layers = max(2, min(8, total // (4 * self.chosen)))
+        self.span = total // self.n_layers
         self.readers = Readers(lambda key, into: reader.read(self._real(key, files), into), depth)
-        pages = memoryview(mmap.mmap(-1, self.size * 2 * chosen * self.n_layers))
-        slots = _Slots(2 * chosen * self.n_layers, self.size)
+        slots = _Slots(2 * self.chosen * self.n_layers, self.size)
+        pages = memoryview(mmap.mmap(-1, slots.n_slots * self.size))
         self.section = Section(
-            range(self.n_layers), 2 * chosen, LRU(), 0, slots, pages, self.readers
+            range(self.n_layers), 2 * self.chosen, LRU(), 0, slots, pages, self.readers
         )
         self.rng, self.now = random.Random(1), 0
         self.before: list[list[int]] = [[] for _ in range(self.n_layers)]

@@ -391,6 +391,9 @@ def speed(
     return run_speed(given.choose_model(model), tokens, repeat, json)
 
 
+bench.command("experts", short_help="Measure streamed experts.")(streaming.bench)
+
+
 @bench.command(short_help="Measure the quantisers.")
 def encode(
     weights: Annotated[

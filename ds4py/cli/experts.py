@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds4py.cli import settings as given
+
 if TYPE_CHECKING:
     from ds4py import Engine
 
@@ -78,3 +80,30 @@ def statistics(stats: Mapping[str, Any]) -> str:
             f"{100 * stats['kept_mass']:.2f} % of the score mass kept"
         )
     return "\n".join(lines)
+
+
+def bench(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="NAME|DIR", help="Model to measure.")
+    ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Only replay this trace, made by ds4 generate --trace."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to decode.")] = 256,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
+    ] = None,
+    experts: Where = None,
+    disk: Annotated[bool, typer.Option("--disk/--no-disk", help="Measure the disk, too.")] = True,
+) -> int:
+    """Measure streamed experts: reads against the disk's own limit, a run of the model, and what
+    caches of several sizes and policies would miss on its routing, with the bound beside them.
+
+    Prints tables and, as the last line, JSON with the machine and the version.
+    """
+    from ds4py.cli.bench_experts import run
+
+    choice = given.choose_model(model)
+    where = given.ExpertChoice(experts)
+    return run(choice, given.Settings(choice, memory=memory, experts=where), trace, tokens, disk)

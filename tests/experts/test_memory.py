@@ -1,0 +1,147 @@
+"""The memory plan against what processes really take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds4py import Engine, EngineOptions
+from ds4py.engine import memory
+from ds4py.errors import OptionsError
+from ds4py.weights.files import ModelFiles
+from tests.experts.models import LEAST
+from tests.golden.sets import plain, write
+from tools.golden.presets import PRESETS, Preset, config, draw
+from tools.make_random_bundle import make
+
+ROOT = Path(__file__).parents[2]
+
+MEASURE = """
+import json, sys
+from ds4py import Engine, EngineOptions, SamplingOptions
+from ds4py.engine import memory
+folder, n_prompt, n_tokens, options = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+engine = Engine.open(folder, EngineOptions(**json.loads(options)))
+memory.release_free_memory()
+loaded = memory.resident_bytes()
+session, seen = engine.session(), []
+session.sync([i * 7919 % 500 for i in range(n_prompt)])
+chosen = SamplingOptions(max_tokens=n_tokens, seed=1, stop_at_eos=False)
+for n, _ in enumerate(session.generate(chosen)):
+    if n % max(1, n_tokens // 10) == n_tokens // 20:
+        seen.append(memory.resident_bytes())
+plan = engine.plan
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps({
+    "loaded": loaded,
+    "peak": 1024 * int(status["VmHWM"].split()[0]),
+    "seen": seen,
+    "budget": plan.budget,
+    "streamed": plan.streamed,
+    "weights": plan.runtime + plan.dense + (0 if plan.streamed else plan.experts),
+    "total": plan.total,
+}))
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="measures with /proc")
+
+
+def measure(folder: Path, n_prompt: int, n_tokens: int, **options: Any) -> dict[str, Any]:
+    """What a process of its own took."""
+    words = [str(folder), str(n_prompt), str(n_tokens), json.dumps(options)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def random_bundle(folder: Path, layers: int, experts: int) -> Path:
+    """Records of 425,984 bytes that decode fast."""
+    ratios = tuple((0, 4, 16)[i % 3] for i in range(layers))
+    preset = Preset(ratios, 0, hidden=256, inner=512, experts=experts, experts_used=2)
+    c = config(preset) | {"num_hash_layers": 3, "num_nextn_predict_layers": 0}
+    make(folder, c | {"compress_ratios": list(ratios)}, ("Q8_0", "Q8_0", "Q8_0"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_bundle(tmp_path_factory.mktemp("packed"), 5, 64)
+
+
+@linux
+def test_the_estimate_is_what_a_load_takes(packed: Path, tmp_path: Path) -> None:
+    """Within 5 %: experts packed in memory, and as floats."""
+    c = config(Preset((0, 4), 0, hidden=256, inner=512, experts=32, experts_used=2))
+    floats = write(tmp_path, c, {n: plain(v) for n, v in dict(draw(c, 1)).items()})
+    for folder in (packed, floats):
+        found = measure(folder, 40, 2, context=512, prefill_chunk=64)
+        assert not found["streamed"]
+        assert abs(found["weights"] - found["loaded"]) <= 0.05 * found["loaded"], found
+        assert found["peak"] <= 1.05 * found["total"], found
+
+
+@linux
+def test_a_budget_is_kept(packed: Path) -> None:
+    """Less memory than the model takes: streamed, within the budget, and flat."""
+    resident = measure(packed, 300, 20, context=512, prefill_chunk=64)
+    budget = f"{int(0.75 * resident['loaded'])}"
+    found = measure(packed, 300, 40, memory=budget, context=512, prefill_chunk=64)
+    assert found["streamed"] and found["peak"] <= 1.05 * found["budget"], found
+    filled = found["seen"][5:]
+    assert max(filled) <= 1.02 * min(filled), found
+
+
+@linux
+@pytest.mark.long
+def test_flat_over_5000_tokens(tmp_path: Path) -> None:
+    """At a quarter of the model for 5,000 tokens, at a half and three quarters for fewer."""
+    folder = random_bundle(tmp_path, 8, 256)
+    model = sum(file.stat().st_size for file in folder.iterdir())
+    for share, n_tokens in ((0.25, 5000), (0.5, 500), (0.75, 500)):
+        budget = str(int(share * model))
+        found = measure(folder, 300, n_tokens, memory=budget, context=5632, prefill_chunk=128)
+        assert found["streamed"] and found["peak"] <= 1.05 * found["budget"], found
+        assert max(found["seen"][2:]) <= 1.05 * min(found["seen"][2:]), found
+
+
+def plan(bundle: Path, **wishes: Any) -> memory.MemoryPlan:
+    numerics, _ = memory.plan_files(ModelFiles.at(bundle), 512, "1GB")
+    source = ModelFiles.at(bundle).source()
+    records = memory.streamable(source)
+    wishes = {"context": 512, "runtime": 50_000_000} | wishes
+    return memory.plan_memory(source, numerics, records, **wishes)
+
+
+def test_a_plan_adds_up(bundle: Path) -> None:
+    """Resident where everything fits, then fewer and fewer slots, then a refusal in numbers."""
+    everything = plan(bundle, memory="1GB")
+    assert not everything.streamed and everything.spare > 0
+    assert everything.total == everything.fixed + everything.all_experts
+    tight = plan(bundle, memory=str(everything.total - 1))
+    assert tight.streamed and tight.spare >= 0
+    least = tight.fixed + (LEAST + 12) * 32768
+    smallest = plan(bundle, memory=str(least))
+    assert sum(part.n_cached for part in smallest.slots) == LEAST
+    with pytest.raises(OptionsError, match=r"too little: 50\.0 MB for the program, .* for 3 exp"):
+        plan(bundle, memory=str(least - 1))
+    with pytest.raises(OptionsError, match="without --experts resident"):
+        plan(bundle, memory=str(everything.total - 1), experts="resident")
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
+    c = config(PRESETS["fast-small"])
+    folder = write(tmp_path, c, {n: plain(v) for n, v in dict(draw(c, 1)).items()})
+    with pytest.raises(OptionsError, match="ds4 quantize"):
+        Engine.open(folder, EngineOptions(experts="streamed", context=512))
+    with pytest.raises(OptionsError, match="ds4 quantize"):
+        Engine.open(folder, EngineOptions(memory="20MB", context=512))
+
+
+def test_an_unasked_context_fits_a_quarter_of_the_budget(bundle: Path) -> None:
+    contexts = [plan(bundle, memory=size, context=None).context for size in ("1GB", "4GB", "64GB")]
+    assert contexts == sorted(contexts) and contexts[0] >= memory.LEAST_CONTEXT
+    assert contexts[0] < contexts[2] <= 1 << 20
