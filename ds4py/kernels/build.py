@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -35,7 +35,8 @@ Grid: TypeAlias = tuple[int, int, int]
 """Threads, not threadgroups; the last threadgroup of an axis may be a part of one."""
 Output: TypeAlias = tuple[tuple[int, ...], Dtype]
 """Shape and type."""
-Make: TypeAlias = Callable[..., Callable[..., list[Array]]]
+Kernel: TypeAlias = Callable[..., list[Array]]
+Make: TypeAlias = Callable[..., Kernel]
 """What `mx.fast.metal_kernel` is: names and text -> a function that launches."""
 
 
@@ -96,6 +97,17 @@ def _read(name: str) -> str:
         raise KernelError(f"{path} is not readable as ASCII text ({exc})") from exc
 
 
+class _Launch(NamedTuple):
+    """One launch while it is recorded."""
+
+    name: str
+    kernel: Kernel
+    inputs: Sequence[Array]
+    how: dict[str, Any]
+    """All other arguments."""
+    made: list[Array]
+
+
 class Launcher:
     """Launches kernels by name and counts them."""
 
@@ -112,7 +124,9 @@ class Launcher:
         memory -> a device array."""
         self._make, self._finish, self._read = make, finish, read
         self.adopt = adopt
-        self._kernels: dict[str, Callable[..., list[Array]]] = {}
+        self._kernels: dict[str, Kernel] = {}
+        self._tapes: dict[Hashable, list[tuple[str, Kernel, list[Any], dict[str, Any]]]] = {}
+        self._tape: list[_Launch] | None = None  # while one is recorded
         self._finished: set[Any] = set()
         self.counters: Counter[str] = Counter()
         """Launches by kernel name."""
@@ -132,21 +146,70 @@ class Launcher:
         """
         kernel = self._kernels.get(name) or self._build(name)
         self.counters[name] += 1
-        call = {
-            "inputs": inputs,
+        how = {
             "template": template,
             "grid": grid,
             "threadgroup": threadgroup,
             "output_shapes": [shape for shape, _ in outputs],
             "output_dtypes": [dtype for _, dtype in outputs],
         }
-        if self._finish is None:
-            return kernel(**call)
-        variant = (name, tuple(template), tuple((x.dtype, x.size < SMALL) for x in inputs))
-        if variant in self._finished:
-            return kernel(**call)
+        made = self._first(name, kernel, inputs, how)
+        if self._tape is not None:
+            self._tape.append(_Launch(name, kernel, inputs, how, made))
+        return made
+
+    def replay(
+        self, key: Hashable | None, arrays: Sequence[Array], run: Callable[[Launcher], Any]
+    ) -> list[Array]:
+        """What the last launch of `run` makes; from the second time on without running it, but for
+        key None.
+
+        For steps, whose hundreds of launches differ from those of the step before in their inputs
+        alone: building grids, templates and shapes anew would take longer than launching. `run`
+        must hand `arrays` to its launches as they are, and whatever else they get, grids and
+        templates too, must follow from `key`.
+        """
+        tape = self._tapes.get(key) if key is not None else None
+        if tape is None:
+            return self._record(key, arrays, run)
+        have, made = list(arrays), []
+        for name, kernel, slots, how in tape:
+            self.counters[name] += 1
+            made = kernel(inputs=[have[s] if type(s) is int else s for s in slots], **how)
+            have += made
+        return made
+
+    def _record(
+        self, key: Hashable | None, arrays: Sequence[Array], run: Callable[[Launcher], Any]
+    ) -> list[Array]:
+        self._tape, tape = [], []
         try:
-            made = kernel(**call)
+            run(self)
+            launches = self._tape
+        finally:
+            self._tape = None
+        if key is None:
+            return launches[-1].made
+        place = {id(x): i for i, x in reversed(list(enumerate(arrays)))}
+        for launch in launches:
+            slots = [place.get(id(x), x) for x in launch.inputs]
+            tape.append((launch.name, launch.kernel, slots, launch.how))
+            first = len(arrays) + sum(len(done.made) for done in launches[: len(tape) - 1])
+            place |= {id(x): first + i for i, x in enumerate(launch.made)}
+        self._tapes[key] = tape
+        return launches[-1].made
+
+    def _first(
+        self, name: str, kernel: Kernel, inputs: Sequence[Array], how: dict[str, Any]
+    ) -> list[Array]:
+        """Launch; wait if it is the first of its variant."""
+        if self._finish is None:
+            return kernel(inputs=inputs, **how)
+        variant = (name, tuple(how["template"]), tuple((x.dtype, x.size < SMALL) for x in inputs))
+        if variant in self._finished:
+            return kernel(inputs=inputs, **how)
+        try:
+            made = kernel(inputs=inputs, **how)
             self._finish(made)
         except (RuntimeError, ValueError) as exc:
             raise KernelError(
@@ -156,7 +219,7 @@ class Launcher:
         self._finished.add(variant)
         return made
 
-    def _build(self, name: str) -> Callable[..., list[Array]]:
+    def _build(self, name: str) -> Kernel:
         text = self._read(name)
         kernel = self._make(
             name=name,

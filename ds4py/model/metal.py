@@ -7,10 +7,9 @@ lists it, and the engine's statistics show the list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -80,8 +79,12 @@ class Metal(Reference):
         return numbers(c.rms_norm_eps, (c.index_head_dim * c.index_n_heads) ** -0.5)
 
     def embed(self, table: Array, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
-        made = hyper.embed(self.launcher, tokens, table, reader.fn.arrays[0], n_streams, self.dtype)
-        return Streams(*made)
+        fn = reader.fn.arrays[0]
+
+        def run(launcher: Launcher) -> object:
+            return hyper.embed(launcher, tokens, table, fn, n_streams, self.dtype)
+
+        return Streams(*self._launch(("embed",), tokens, (tokens,), run))
 
     def enter(self, streams: Streams, reader: HyperWeights, norm: Array) -> tuple[Array, Residual]:
         x, gates = self._mix(streams, reader, norm, self.config.hc_sinkhorn_iters)
@@ -91,14 +94,18 @@ class Metal(Reference):
         self, streams: Streams, reader: HyperWeights, norm: Array, iters: int
     ) -> tuple[Array, Array]:
         """x [S, D], normed, and the gates; iters 0: the head's form."""
-        partials, eps = streams.partials, self.config.rms_norm_eps
+        partials, eps, x = streams.partials, self.config.rms_norm_eps, streams.values
         if partials is None:
-            partials = hyper.products(self.ops, streams.values, reader)
+            partials = hyper.products(self.ops, x, reader)
         epsilons = numbers(reader.norm_eps, reader.eps, eps)
-        base, scale = reader.base, reader.scale
-        return hyper.pre(
-            self.launcher, streams.values, partials, base, scale, norm, epsilons, iters
-        )
+
+        def run(launcher: Launcher) -> object:
+            base, scale = reader.base, reader.scale
+            return hyper.pre(launcher, x, partials, base, scale, norm, epsilons, iters)
+
+        key = ("pre", id(reader), partials.shape[0])
+        collapsed, gates = self._launch(key, x, (x, partials), run)
+        return collapsed, gates
 
     def project(self, x: Array, weight: Packed) -> Array:
         """Float32 [S, sum of out], the maps' results side by side."""
@@ -123,29 +130,36 @@ class Metal(Reference):
         self, projected: Array, queries: Array, layer: Attention, plan: StepPlan
     ) -> tuple[Heads, LayerDelta]:
         main, index = layer.compressor, layer.indexer
-        shape = self.shapes[layer.layer.ratio]
         closing = None if main is None else plan.closing[main.series.name]
-        made = heads.prepare(
-            self.launcher,
-            shape,
-            projected,
-            queries,
-            plan.table(layer.layer),
-            layer.kv_norm,
-            None if main is None else main.ape,
-            None if index is None else index.ape,
-            plan.origin if closing is None else closing.step,
-            self.constants,
-            self.dtype,
+        table, step = plan.table(layer.layer), plan.origin if closing is None else closing.step
+
+        def run(launcher: Launcher) -> object:
+            return heads.prepare(
+                launcher,
+                self.shapes[layer.layer.ratio],
+                projected,
+                queries,
+                table,
+                layer.kv_norm,
+                None if main is None else main.ape,
+                None if index is None else index.ape,
+                step,
+                self.constants,
+                self.dtype,
+            )
+
+        given = (projected, queries, table, step)
+        q, row, values, index_values, *index_heads = self._launch(
+            ("prepare", id(layer)), projected, given, run
         )
-        delta = LayerDelta(made.row)
+        delta = LayerDelta(row)
         if main is not None and closing is not None:
-            delta.values[main.series.name] = made.values
+            delta.values[main.series.name] = values
             if index is not None:
-                delta.values[index.series.name] = made.index_values
+                delta.values[index.series.name] = index_values
             if closing.n_new:
                 self._pool(projected, layer, closing, delta, plan)
-        return Heads(made.q, (made.index_query, made.index_weights)), delta
+        return Heads(q, index_heads), delta
 
     def _pool(
         self,
@@ -160,19 +174,24 @@ class Metal(Reference):
         values = plan.state.frontier.values
         known = [compress.Frontier(values[c.series.name], c.ape, c.norm) for c in series]
         place = integers(layer.slot, plan.state.slot[series[0].series.name, layer.slot])
-        rows = compress.rows(
-            self.launcher,
-            self.shapes[layer.layer.ratio],
-            projected,
-            closing.n_new,
-            closing.table,
-            known[0],
-            known[1] if len(known) > 1 else None,
-            place,
-            closing.step,
-            self.constants,
-            self.dtype,
-        )
+
+        def run(launcher: Launcher) -> object:
+            return compress.rows(
+                launcher,
+                self.shapes[layer.layer.ratio],
+                projected,
+                closing.n_new,
+                closing.table,
+                known[0],
+                known[1] if len(known) > 1 else None,
+                place,
+                closing.step,
+                self.constants,
+                self.dtype,
+            )
+
+        given = (projected, closing.table, closing.step, *(k.history for k in known))
+        rows = self._launch(("pool", id(layer), closing.n_new), projected, given, run)
         for compressor, new in zip(series, rows, strict=False):
             delta.rows[compressor.series.name] = new
 
@@ -188,19 +207,30 @@ class Metal(Reference):
         if n_rows <= layer.n_chosen:
             return None
         query, weights = heads.index
-        return index.search(
-            self.launcher,
-            self.shapes[layer.layer.ratio],
-            query,
-            weights,
-            plan.state.rows[name].data if closing.n_old else None,
-            delta.rows.get(name),
-            n_rows,
-            closing.visible,
-            integers(layer.slot, plan.state.slot[name, layer.slot]),
-            closing.step,
-            layer.n_chosen,
-        )
+        committed = plan.state.rows[name].data if closing.n_old else None
+        new, visible, step = delta.rows.get(name), closing.visible, closing.step
+        place = integers(layer.slot, plan.state.slot[name, layer.slot])
+
+        def run(launcher: Launcher) -> object:
+            return index.search(
+                launcher,
+                self.shapes[layer.layer.ratio],
+                query,
+                weights,
+                committed,
+                new,
+                n_rows,
+                visible,
+                place,
+                step,
+                layer.n_chosen,
+            )
+
+        given = [x for x in (query, weights, committed, new, visible, step) if x is not None]
+        n_parts = n_rows // index.ROWS_PER_PART
+        key = ("search", id(layer), n_parts, committed is None, new is None)
+        (ids,) = self._launch(key, query, given, run)
+        return ids
 
     def attend(
         self,
@@ -212,9 +242,18 @@ class Metal(Reference):
     ) -> Array:
         """[S, heads * hd]"""
         stored = self._stored_rows(delta, layer, plan)
-        table = plan.table(layer.layer)
-        shape = self.shapes[layer.layer.ratio]
-        return attend.rows(self.launcher, shape, heads.q, stored, chosen, layer.sink, table)
+        q, table, shape = heads.q, plan.table(layer.layer), self.shapes[layer.layer.ratio]
+
+        def run(launcher: Launcher) -> object:
+            return attend.rows(launcher, shape, q, stored, chosen, layer.sink, table)
+
+        optional = (stored.pooled, stored.new, chosen)
+        given = [q, stored.window, stored.delta, stored.visible, stored.step, table]
+        n_rows = stored.n_pooled if chosen is None else min(stored.n_pooled, layer.n_chosen)
+        n_parts = attend.parts(stored.window.shape[1] + 1 + n_rows, attend.MOST_PARTS)
+        key = ("attend", id(layer), n_parts, *(x is None for x in optional))
+        (o,) = self._launch(key, q, [*given, *(x for x in optional if x is not None)], run)
+        return o
 
     def _stored_rows(self, delta: LayerDelta, layer: Attention, plan: StepPlan) -> StoredRows:
         window = plan.state.frontier.window
@@ -240,27 +279,31 @@ class Metal(Reference):
     def leave(self, y: Array, weight: Packed, residual: Residual, reader: HyperWeights) -> Streams:
         after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
         if is_step(y):
-            return Streams(*dense.expand(self.launcher, y, weight[0], after))
+            given = (y, residual.streams, residual.gates)
+            return Streams(
+                *self._launch(
+                    ("leave", id(weight)),
+                    y,
+                    given,
+                    lambda on: dense.expand(on, y, weight[0], after),
+                )
+            )
         terms = dense.matmul(self.launcher, y, weight, self.dtype)[:, None]
         return Streams(*dense.add(self.launcher, terms, after))
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
         logits, c = self._dense(x, layer.w_in[:1]), self.config
-        ids, weights = route.experts(
-            self.launcher,
-            logits,
-            c.num_experts_per_tok,
-            c.routed_scaling_factor,
-            layer.bias,
-            layer.tid2eid,
-            tokens,
-        )
-        return Routing(ids, weights)
+
+        def run(launcher: Launcher) -> object:
+            n_chosen, scaling = c.num_experts_per_tok, c.routed_scaling_factor
+            table = layer.tid2eid
+            return route.experts(launcher, logits, n_chosen, scaling, layer.bias, table, tokens)
+
+        return Routing(*self._launch(("route", id(layer)), logits, (logits, tokens), run))
 
     def experts(
         self, x: Array, layer: MoE, routing: Routing, residual: Residual, reader: HyperWeights
     ) -> Streams:
-        after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
         placed = layer.experts.place(layer.index, routing.ids)
         if placed is None:
             return self._routed(x, layer, routing, residual)
@@ -269,8 +312,20 @@ class Metal(Reference):
         run, down = self.launcher, layer.shared_w2[0]
         weights, shared, limit = routing.weights, layer.w_in[1:], self.config.swiglu_limit
         if is_step(x):
-            h = moe.gate_up(run, x, records, slots, weights, shared, limit)
-            return Streams(*moe.down(run, h, records, slots, down, after))
+            (h,) = self._launch(
+                ("gate_up", id(layer), id(records)),
+                x,
+                (x, slots, weights),
+                lambda on: moe.gate_up(on, x, records, slots, weights, shared, limit),
+            )
+            return Streams(
+                *self._launch(
+                    ("down", id(layer), id(records)),
+                    h,
+                    (h, slots, residual.streams, residual.gates),
+                    lambda on: moe.down(on, h, records, slots, down, after),
+                )
+            )
         groups = moe.group(run, routing.ids, self.config.n_routed_experts)
         h = moe.matmul_gate_up(run, x, records, groups, slots, weights, shared, limit)
         terms = moe.matmul_down(run, h, records, groups, slots, down)
@@ -302,12 +357,36 @@ class Metal(Reference):
     def stack(
         self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
     ) -> Array:
-        return state.stack(self.launcher, layers, n_taken, n_kept, old)
+        if len(layers) > state.MOST_ARRAYS:  # more than one launch
+            return state.stack(self.launcher, layers, n_taken, n_kept, old)
+        first, given = layers[0], layers if old is None else (*layers, old)
+        key = ("stack", len(layers), first.shape, first.dtype, n_taken, n_kept)
+        (stacked,) = self._launch(
+            key, first, given, lambda on: state.stack(on, layers, n_taken, n_kept, old)
+        )
+        return stacked
+
+    def _launch(
+        self,
+        key: tuple[Hashable, ...],
+        rows: Array,
+        arrays: Sequence[Array],
+        run: Callable[[Launcher], object],
+    ) -> list[Array]:
+        """`Launcher.replay` for steps of few rows [S, ...]; prompts are launched anew."""
+        n = rows.shape[0]
+        return self.launcher.replay((n, *key) if n <= matvec.MAX_ROWS else None, arrays, run)
 
     def _dense(self, x: Array, maps: Packed, **how: Any) -> Array:
         """x [S, in] through maps that share it; `how` as in `dense.project`."""
         product = dense.project if is_step(x) else dense.matmul
-        return product(self.launcher, x, maps, self.dtype, **how)
+        (y,) = self._launch(
+            ("dense", id(maps[0]), len(maps)),
+            x,
+            (x,),
+            lambda on: product(on, x, maps, self.dtype, **how),
+        )
+        return y
 
 
 def is_step(x: Array) -> bool:
@@ -325,8 +404,3 @@ def integers(*values: int) -> mx.array:
 def numbers(*values: float) -> mx.array:
     """Constants as the kernels take them: float32 in `constant` memory."""
     return mx.array(values, mx.float32)
-
-
-def columns(x: Array, widths: list[int]) -> list[Array]:
-    """x [S, sum of widths] apart."""
-    return [x[:, start:end] for start, end in pairwise(accumulate(widths, initial=0))]

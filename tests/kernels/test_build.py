@@ -88,6 +88,38 @@ def test_a_kernel_is_built_once_and_its_launches_are_counted() -> None:
     assert launcher.counters == {"scale": 3}
 
 
+def test_a_replay_launches_the_same_with_other_arrays() -> None:
+    """Two launches, the second of which reads what the first made."""
+    recorder = Recorder()
+    launcher = Launcher(recorder, read=scale)
+    factor, shape, template = mx.array([2.0]), (20,), (("T", FLOAT), ("N", 20))
+    ran: list[Any] = []
+
+    def run(values: Any) -> Any:
+        def both(on: Launcher) -> None:
+            ran.append(values)
+            outputs = [(shape, FLOAT)]
+            (once,) = on.launch("scale", [values, factor], template, SHAPE, SHAPE, outputs)
+            on.launch("scale", [once, factor], template, SHAPE, SHAPE, outputs)
+
+        return launcher.replay("twice", [values], both)
+
+    first, second = mx.ones(shape), mx.zeros(shape)
+    (made,) = run(first)
+    (again,) = run(second)
+    assert len(ran) == 1 and launcher.counters == {"scale": 4} and made is not again
+    inputs = [call["inputs"] for call in recorder.calls]
+    assert inputs[0][0] is first and inputs[2][0] is second
+    assert all(x[1] is factor for x in inputs)
+    assert inputs[3][0] is not inputs[1][0], "the second launch reads its own first"
+    assert [{**c, "inputs": 0} for c in recorder.calls[:2]] == [
+        {**c, "inputs": 0} for c in recorder.calls[2:]
+    ]
+    for _ in range(2):
+        launcher.replay(None, [first], lambda on: (ran.append(1), launch(on)))
+    assert len(ran) == 3, "without a key nothing is kept"
+
+
 def test_the_first_launch_of_every_variant_is_finished() -> None:
     """Variants differ in template, types, and whether MLX passes an input as `constant`."""
     finished: list[Any] = []
