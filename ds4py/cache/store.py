@@ -76,6 +76,7 @@ class Store:
     def prefixes(self, identity: str, text: bytes) -> list[Found]:
         """Snapshots of this model whose text begins `text`, longest first."""
         with self._misses("look-up"):
+            self._look_again()
             return self._index.prefixes(identity, text)
         return []
 
@@ -135,6 +136,7 @@ class Store:
     def stored_tokens(self, identity: str, tokens: list[int]) -> int:
         """How many of the tokens, in whole segments, have their rows in the store."""
         with self._misses("look-up"):
+            self._look_again()
             return self._stored(_chain(identity, np.asarray(tokens, "<i4"))) * SEGMENT
         return 0
 
@@ -297,7 +299,11 @@ class Store:
         """The directory, at the first save: reading alone leaves nothing behind."""
         for folder in (".", *_FOLDERS):
             (self.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self._made:
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Open the index once there is a directory; another process may have made it."""
+        if not self._made and self.directory.exists():
             self._index.close()
             self._index, self._made = self._open_index(), True
 

@@ -51,12 +51,14 @@ def open_store(directory: str | None, space: str | None) -> "Store | None":
         return None
 
 
-def open_disk(engine: "Engine", directory: str | None, space: str | None) -> "DiskSessions | None":
-    """An engine's sessions in that store."""
+def open_disk(
+    engine: "Engine", directory: str | None, space: str | None, background: bool = False
+) -> "DiskSessions | None":
+    """An engine's sessions in that store; background: answers do not wait for the disk."""
     from ds4py.engine.disk import DiskSessions
 
     store = open_store(directory, space)
-    return None if store is None else DiskSessions(engine, store)
+    return None if store is None else DiskSessions(engine, store, background)
 
 
 def make_scheduler(engine: "Engine", disk: "DiskSessions | None") -> "Scheduler":

@@ -101,7 +101,7 @@ def _opener(settings: Settings, options: ServeOptions) -> "Opener":
         path = resolve(settings.model.name, models_directory())
         engine = Engine.open(path, settings.engine_options(), progress)
         tokenizer_of(engine)
-        disk = open_disk(engine, settings.kv_dir, settings.kv_space)
+        disk = open_disk(engine, settings.kv_dir, settings.kv_space, background=True)
         if options.kv_memory is not None:
             return engine, Scheduler(engine, parse_size(options.kv_memory), disk)
         one = engine.session_bytes(engine.context)

@@ -1,18 +1,22 @@
 """Sessions on disk: which positions of a session are worth a snapshot, and what a prompt finds.
 
 The engine's side of `cache.store`: it knows identity, spelling and turns. Implements the
-scheduler's `Store`.
+scheduler's `Store`. Where answers must not wait for a disk, a thread writes: it touches host arrays
+and files only.
 """
 
 from __future__ import annotations
 
 import hashlib
+import queue
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ds4py.cache.index import Found
+from ds4py.cache.snapshot import Image
 from ds4py.cache.state import Frontier
 from ds4py.cache.store import Store
 from ds4py.engine.session import Session
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
 FEWEST = 32
 """Tokens below which a prefix is read faster than it is found."""
+MOST_WAITING = 8
+"""Images that wait for the writing thread; each is a session's new rows and a frontier."""
 WORTH = 256
 """Tokens of a prompt that deserve a snapshot though no conversation will go on from there."""
 
@@ -31,9 +37,11 @@ WORTH = 256
 class DiskSessions:
     """One engine's sessions in a store that other engines and processes may share."""
 
-    def __init__(self, engine: Engine, store: Store):
+    def __init__(self, engine: Engine, store: Store, background: bool = False):
+        """background: `keep` returns before its files are written; `flush` waits for them."""
         self._engine, self.store = engine, store
         self._identity = engine.identity
+        self._writer = _Writer(store) if background else None
 
     def reusable(self, tokens: Sequence[int]) -> int:
         """Tokens of the longest usable snapshot of a prefix."""
@@ -72,6 +80,11 @@ class DiskSessions:
         written = [self._write(session, tokens, end) for end in ends]
         return bool(written) and written[-1]
 
+    def flush(self) -> None:
+        """Wait until all that was kept is on disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def respell(self, tokens: Sequence[int]) -> list[int]:
         """The same text in the ids of the longest snapshot that begins it."""
         wanted, spelling = list(tokens), self._engine.spelling
@@ -101,8 +114,10 @@ class DiskSessions:
             return False
         ids = tokens[:position]
         start = self.store.stored_tokens(self._identity, ids)
-        image = session.image(end, start)
-        return self.store.save(self._identity, image, self._engine.spelling.text(ids))
+        image, text = session.image(end, start), self._engine.spelling.text(ids)
+        if self._writer is not None:
+            return self._writer.put(self._identity, image, text)
+        return self.store.save(self._identity, image, text)
 
     def _reply_stays(self, tokens: list[int]) -> bool:
         """Whether the next prompt will hold the last reply as it is: reasoning is dropped from the
@@ -114,3 +129,38 @@ class DiskSessions:
         opened = len(tokens) - tokens[::-1].index(assistant) if assistant in tokens else 0
         reasons = opened and tokens[opened : opened + 1] == [think]
         return not reasons or dsml in tokens[:opened]
+
+
+class _Writer:
+    """Saves images on a thread of its own, through a store of its own: to the first store it is
+    like another process."""
+
+    def __init__(self, store: Store):
+        self._place = store.directory, store.n_bytes
+        self._waiting: queue.Queue[tuple[str, Image, bytes]] = queue.Queue(MOST_WAITING)
+        self.trouble: str | None = None
+        self._thread = threading.Thread(target=self._run, name="kv writer", daemon=True)
+        self._thread.start()
+
+    def put(self, identity: str, image: Image, text: bytes) -> bool:
+        """Queue an image; False when the disk is so far behind that it is better dropped."""
+        try:
+            self._waiting.put_nowait((identity, image, text))
+        except queue.Full:
+            return False
+        return True
+
+    def flush(self) -> None:
+        self._waiting.join()
+
+    def _run(self) -> None:
+        store: Store | None = None
+        while True:
+            work = self._waiting.get()
+            try:
+                store = store or Store(*self._place)
+                store.save(*work)
+            except Exception as exc:  # whatever it is, answers go on and `flush` returns
+                self.trouble = f"{type(exc).__name__}: {exc}"
+            finally:
+                self._waiting.task_done()

@@ -255,7 +255,7 @@ class Engine:
 
     @property
     def routing(self) -> str:
-        """"exact": experts are the router's own choice. Another mode is another identity."""
+        """ "exact": experts are the router's own choice. Another mode is another identity."""
         swap = self.options.streaming.swap
         return f"swap {swap}" if self.plan.streamed and swap else "exact"
 

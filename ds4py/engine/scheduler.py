@@ -57,7 +57,11 @@ class Store(Protocol):
         ...
 
     def keep(self, session: Session) -> bool:
-        """Write what the session holds; whether it can be found there now."""
+        """Write what a later prompt may begin with; whether it is there, or on its way."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until all that was kept is on disk."""
         ...
 
     def respell(self, tokens: Sequence[int]) -> list[int]:
@@ -132,10 +136,11 @@ class Scheduler:
             live = found
         else:
             self._make_room(need, side, found, taken=False)
-            live = self._new(wanted, None if from_disk else found, reused)
+            live = self._new(wanted, found, reused, from_disk)
         live.conversation, live.side, live.busy, live.reserved = conversation, side, True, need
         live.used, live.prompt, live.pinned_until = self._requests, len(wanted), 0.0
         reused = live.session.reusable(wanted)
+        from_disk = from_disk and live.kept == live.session.position > 0
         self.counters["reused_disk" if from_disk else "reused_live"] += reused
         self.counters["read"] += len(wanted) - reused
         return live.session
@@ -177,6 +182,8 @@ class Scheduler:
             if not live.busy:
                 self._keep(live)
         self._live.clear()
+        if self._store is not None:
+            self._store.flush()
 
     @property
     def n_bytes(self) -> int:
@@ -211,16 +218,13 @@ class Scheduler:
             return True
         return reused >= min(live.prompt - REPLY_OPENING, live.session.position)
 
-    def _new(self, tokens: list[int], donor: _Live | None, reused: int) -> _Live:
-        if donor is not None:
-            session = donor.session.fork(reused)
-        else:
-            session = Session(self._engine, self.kv_bytes // CHECKPOINT_SHARE)
-            if self._store is not None:
-                self._store.restore(session, tokens)
+    def _new(self, tokens: list[int], donor: _Live | None, reused: int, from_disk: bool) -> _Live:
+        session = Session(self._engine, self.kv_bytes // CHECKPOINT_SHARE)
         live = _Live(session, None, False, self._requests, len(tokens), reserved=0)
-        if donor is None and session.position:
-            live.kept = session.position
+        if from_disk and self._store is not None:
+            live.kept = self._store.restore(session, tokens)
+        if donor is not None and session.position < reused:  # also where the disk let us down
+            live.session = donor.session.fork(reused)
         self._live.append(live)
         return live
 

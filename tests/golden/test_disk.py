@@ -163,6 +163,41 @@ def test_a_dropped_session_comes_back_from_disk(engine: Engine, ids: list[int], 
     assert after.stats()["reused_disk"] == 301
 
 
+def test_answers_need_not_wait_for_the_disk(engine: Engine, ids: list[int], tmp_path: Path) -> None:
+    reader = Store.open(tmp_path / "kv", ROOM)  # before there is a directory
+    disk = DiskSessions(engine, Store.open(tmp_path / "kv", ROOM), background=True)
+    scheduler = Scheduler(engine, ROOM, disk)
+    for end in (150, 300, 450):
+        session = scheduler.acquire(ids[:end])
+        session.sync(ids[:end])
+        scheduler.release(session)
+    scheduler.close()
+    assert [DiskSessions(engine, reader).reusable(ids[:n]) for n in (450, 449, 200)] == [
+        450, 300, 150,
+    ]  # fmt: skip
+    assert disk.reusable(ids) == 450 and disk.store.trouble is None
+    reader.close()
+    disk.store.close()
+
+
+def test_a_snapshot_that_fails_is_replaced_by_a_fork(
+    engine: Engine, ids: list[int], kept: Kept
+) -> None:
+    disk = kept(engine)
+    session = engine.session()
+    session.sync(ids[:400])
+    assert disk.keep(session)
+    scheduler = Scheduler(engine, ROOM, disk)
+    first = scheduler.acquire(ids[:200])
+    first.sync(ids[:200])
+    for path in disk.store.directory.glob("s*/*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    second = scheduler.acquire([*ids[:401]])
+    assert second.reusable(ids) == 200 and second is not first
+    assert scheduler.stats()["reused_live"] == 200 and scheduler.stats()["reused_disk"] == 0
+    disk.store.trouble = None
+
+
 def test_bytes_of_growth(engine: Engine, ids: list[int], kept: Kept) -> None:
     """200 more tokens: their rows and a quarter more, 64 KiB and one frontier at most."""
     disk, session = kept(engine), engine.session()
