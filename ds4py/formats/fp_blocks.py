@@ -6,6 +6,8 @@ specification 1.0 (E8M0, E2M1), the FP8 paper (E4M3), DeepSeek's inference/conve
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +18,17 @@ FP4_BLOCK = 32
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
+
+
+TOP_E8M0 = 252
+"""The largest E8M0 scale under which every E2M1 value is a finite float32; 255 is NaN."""
+TOPS: dict[str, tuple[int, type[np.unsignedinteger[Any]]]] = {
+    "F8_E4M3": (0x7F, np.uint8),
+    "F16": (0x7C00, np.uint16),
+    "BF16": (0x7F80, np.uint16),
+    "F32": (0x7F800000, np.uint32),
+}
+"""Magnitude bits from which on a number is infinite or NaN, and how its bits are held."""
 
 
 def _e4m3_table() -> F32:
@@ -84,6 +97,22 @@ def e8m0(scale: npt.NDArray[np.generic]) -> U8 | None:
     exponents = bits >> 23  # a set sign is beyond a byte
     exact = (bits & 0x7FFFFF == 0) & (exponents > 0) & (exponents < 255)
     return exponents.astype(np.uint8) if exact.all() else None
+
+
+def are_finite(dtype: str, bits: npt.NDArray[Any]) -> bool:
+    """Whether stored numbers of that safetensors dtype are neither NaN nor infinite.
+
+    A scale under which the largest E2M1 value is no float32 counts as infinite.
+    """
+    if not bits.size:
+        return True
+    if dtype == "F8_E8M0":
+        return int(bits.max()) <= TOP_E8M0
+    if dtype in TOPS:
+        top, storage = TOPS[dtype]
+        magnitude = np.iinfo(storage).max >> 1
+        return int((bits.view(storage) & storage(magnitude)).max()) < top
+    return True
 
 
 def fp8_rows(codes: U8, scale: U8) -> U8:

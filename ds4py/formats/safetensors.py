@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,30 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is not a safetensors file: its header is not an object")
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, info, 8 + length, size) for name, info in header.items()}
+    entries = {name: _entry(path, name, info, 8 + length, size) for name, info in header.items()}
+    _check_overlap(path, entries)
+    return entries
+
+
+def _check_overlap(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    placed = sorted((e.offset, e.n_bytes, name) for name, e in entries.items() if e.n_bytes)
+    for (start, n_bytes, name), (after, _, other) in pairwise(placed):
+        if after < start + n_bytes:
+            raise WeightsError(
+                f"{path}: {name} ({n_bytes} bytes from byte {start}) overlaps {other}, which "
+                f"begins at byte {after}; the file is damaged, fetch it again"
+            )
 
 
 def _entry(path: Path, name: str, info: Any, base: int, size: int) -> TensorEntry:
     try:
-        dtype, shape = info["dtype"], tuple(int(n) for n in info["shape"])
-        begin, end = (int(n) for n in info["data_offsets"])
+        dtype, shape = info["dtype"], tuple(info["shape"])
+        begin, end = info["data_offsets"]
+        if not all(type(n) is int for n in (*shape, begin, end)):
+            raise TypeError("a size that is no whole number")
     except (KeyError, TypeError, ValueError) as exc:
         raise WeightsError(f"{path}: header entry of {name!r} is malformed") from exc
-    if dtype not in STORAGE:
+    if not isinstance(dtype, str) or dtype not in STORAGE:
         raise WeightsError(
             f"{path}: {name} has dtype {dtype}; known are {', '.join(sorted(STORAGE))}"
         )

@@ -14,10 +14,11 @@ from typing import Any
 from ds4py.config import ModelConfig
 from ds4py.errors import WeightsError
 from ds4py.formats.bundle import LayerRecords, RecordLayout, Span
-from ds4py.formats.gguf_blocks import FORMATS, block_format, decode
+from ds4py.formats.gguf_blocks import FORMATS, U8, block_format, decode
+from ds4py.formats.gguf_blocks.scales import are_finite
 from ds4py.formats.safetensors import TensorEntry, read_header
 from ds4py.weights import names
-from ds4py.weights.checkpoint import F32, Checkpoint, Progress, check_tensors
+from ds4py.weights.checkpoint import F32, Checkpoint, Progress, check_tensors, not_finite
 from ds4py.weights.source import PackedLayer, StoredMatrix
 
 RECIPE = "recipe.json"
@@ -70,22 +71,33 @@ class Bundle(Checkpoint):
         fmt = self.formats.get(f"{name}.weight")
         if fmt not in FORMATS:
             return super().matrix(name)
-        return decode(fmt, self._read(f"{name}.weight"))
+        return decode(fmt, self._blocks_of(name, fmt))
 
     def stored(self, name: str) -> StoredMatrix:
         """`name`.weight in its own bytes."""
         fmt = self.formats.get(f"{name}.weight")
         if fmt not in FORMATS:
             return super().stored(name)
-        return StoredMatrix(fmt, self._read(f"{name}.weight"))
+        return StoredMatrix(fmt, self._blocks_of(name, fmt))
+
+    def _blocks_of(self, name: str, fmt: str) -> U8:
+        """`name`.weight as rows of blocks with finite scales."""
+        rows = self._read(f"{name}.weight")
+        if not are_finite(fmt, rows):
+            raise not_finite(self.entries[f"{name}.weight"].file, f"{name}.weight")
+        return rows
 
     def packed(self, layer: int) -> PackedLayer:
         """One layer's records, read into memory."""
         formats = self._layer_formats(layer)
-        entry = self._records[layer]
+        entry, layout = self._records[layer], layout_of(self.config, formats)
         data = entry.read()
+        for where, fmt in zip(layout.slices(), formats, strict=True):
+            for expert, record in enumerate(data):
+                if not are_finite(fmt, record[where]):
+                    raise not_finite(entry.file, f"the {fmt} map of expert {expert}")
         self._report(entry.n_bytes if layer < len(self.config.layers) else 0)
-        return PackedLayer(data, layout_of(self.config, formats), formats)
+        return PackedLayer(data, layout, formats)
 
     def records(self) -> dict[int, LayerRecords]:
         """Where every layer's records lie, unread; draft layers behind the main ones.

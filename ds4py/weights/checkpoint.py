@@ -96,6 +96,8 @@ class Checkpoint:
     def _read(self, name: str) -> npt.NDArray[Any]:
         entry = self.entries[name]
         data = entry.read()
+        if not fp_blocks.are_finite(entry.dtype, data):
+            raise not_finite(entry.file, name)
         self._report(0 if name.startswith("mtp.") else entry.n_bytes)
         return data
 
@@ -104,6 +106,13 @@ class Checkpoint:
         self.done_bytes += n_bytes
         if self.progress is not None and n_bytes:
             self.progress("load", self.done_bytes, self.total_bytes)
+
+
+def not_finite(file: Path, name: str) -> WeightsError:
+    """What to say of damaged numbers."""
+    return WeightsError(
+        f"{file}: {name} has values that are NaN or infinite; the file is damaged, fetch it again"
+    )
 
 
 def check_tensors(directory: Path, entries: dict[str, TensorEntry], shapes: names.Shapes) -> None:

@@ -6,12 +6,14 @@ package's decoder.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ds4py import Engine, EngineOptions
+from ds4py import Engine, EngineOptions, assets
+from ds4py.errors import WeightsError
 from ds4py.formats import fp_blocks
 from ds4py.formats.safetensors import read_directory
 from tests.golden import sets
@@ -88,3 +90,24 @@ def test_the_draft_layer_may_be_missing(tmp_path: Path) -> None:
         expected["input_ids"].tolist()
     )
     assert np.abs(logits - expected["logits_prefill"]).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("layers.1.ffn.experts.3.w2.scale", b"\xff"),
+        ("layers.0.attn.wq_a.scale", b"\xff"),
+        ("layers.0.attn.wq_a.weight", b"\xff"),
+        ("embed.weight", b"\xc0\x7f"),
+        ("layers.2.attn.attn_sink", b"\x00\x00\x80\xff"),
+    ],
+)
+def test_numbers_that_are_none_are_told_by_name(tmp_path: Path, name: str, bits: bytes) -> None:
+    """NaN as a scale of FP4 and FP8, as an FP8 code and a BF16 value; minus infinity as F32."""
+    folder = shutil.copytree(assets.path("models", "tiny-parent"), tmp_path / "m")
+    entry = read_directory(folder)[name]
+    with open(entry.file, "r+b") as stream:
+        stream.seek(entry.offset + entry.n_bytes // 2)
+        stream.write(bits)
+    with pytest.raises(WeightsError, match=rf"{name} has values that are NaN or infinite"):
+        Engine.open(folder)

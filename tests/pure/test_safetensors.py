@@ -54,6 +54,14 @@ def test_equals_the_package(tmp_path: Path) -> None:
         (entry(dtype="F8_E5M2"), b"12345678", "F8_E5M2"),
         (entry(shape="ab"), b"12345678", "malformed"),
         (b'{"x": 3}', b"", "malformed"),
+        (entry(shape=(2.0,)), b"12345678", "malformed"),
+        (entry(shape=(1 << 62, 4), offsets=(0, 1 << 66)), b"12345678", "incomplete"),
+        (entry(dtype=["F32"]), b"12345678", "dtype"),
+        (
+            entry()[:-1] + b"," + entry(offsets=(4, 12))[1:].replace(b"x", b"y"),
+            b"123456789012",
+            r"x \(8 bytes from byte \d+\) overlaps y",
+        ),
     ],
 )
 def test_faults_are_named(tmp_path: Path, header: bytes, data: bytes, named: str) -> None:

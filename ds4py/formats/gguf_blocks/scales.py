@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ds4py.formats.fp_blocks import TOP_E8M0
 from ds4py.formats.gguf_blocks import block_format
 
 HALVES = {
@@ -15,8 +16,6 @@ HALVES = {
     "IQ2_XXS": (0,),
 }
 """Where the float16 scales of a block begin."""
-TOP_E8M0 = 252
-"""The largest E8M0 scale under which every E2M1 value is a finite float32; 255 is NaN."""
 
 
 def are_finite(name: str, data: npt.NDArray[np.uint8]) -> bool:
