@@ -55,7 +55,6 @@ class TensorClass:
 def run(model: ModelChoice, context: int | None, memory: str | None) -> int:
     """Print what the model is and where its memory goes; the exit code."""
     from ds4py.engine.engine import resolve
-    from ds4py.formats.safetensors import read_directory
     from ds4py.weights.files import ModelFiles
 
     if context is not None and context < 1:
@@ -67,8 +66,7 @@ def run(model: ModelChoice, context: int | None, memory: str | None) -> int:
         raise OptionsError(
             f"--context is {context}; this model goes to {config.max_position_embeddings} tokens"
         )
-    packed = files.gguf is not None
-    classes = classify(files.source().entries if packed else read_directory(files.path))
+    classes = classify(files.tensors())
     print(f"{'model':12}{model.name} ({files.path})")
     for title, text in facts(config, classes):
         print(f"{title:12}{text}")

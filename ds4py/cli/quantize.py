@@ -30,7 +30,7 @@ def run(source: str, target: str, kind: str, recipe: str | None, imatrix: str | 
         if kind == "gguf":
             Exporter(files, place, plan, weights, progress).run()
         else:
-            Converter(files.source(), place, plan, weights, progress).run()
+            Converter(files.parts(), place, plan, weights, progress).run()
     print(place.absolute())
     return 0
 

@@ -47,7 +47,7 @@ class Exporter:
 
     def __post_init__(self) -> None:
         """Raises InputError: a damaged source, a recipe that the layout has no place for."""
-        self.source, self.config = self.files.source(), self.files.config
+        self.source, self.config = self.files.parts(), self.files.config
         self.slots = slots(self.config)
         if self.source.has_draft:
             self.slots += slots(self.config, draft=True)

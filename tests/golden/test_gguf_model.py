@@ -13,6 +13,7 @@ from ds4py.cli import inspect
 from ds4py.cli.settings import ModelChoice
 from ds4py.errors import ConfigError, InputError, WeightsError
 from ds4py.formats import gguf
+from ds4py.formats.gguf_write import NewTensor, write
 from ds4py.text.messages import Segment
 from ds4py.weights.checkpoint import Checkpoint
 from ds4py.weights.gguf import GGUFCheckpoint
@@ -125,6 +126,28 @@ def test_a_draft_layer_in_a_file_of_its_own(built: Built, tmp_path: Path) -> Non
     assert source.has_draft and source.total_bytes == both.total_bytes
     for name in ("mtp.0.e_proj", "mtp.0.ffn.experts.5.w2"):
         np.testing.assert_array_equal(source.matrix(name), both.matrix(name))
+
+
+def test_a_draft_file_beside_the_model_is_found(built: Built, tmp_path: Path) -> None:
+    main = build(tmp_path, Q2, draft=False)
+    whole = gguf.read(built.path)
+    tensors = [
+        NewTensor(t.name, t.type, t.dims, lambda t=t: iter([t.read()]))
+        for t in whole.tensors.values()
+        if t.name.startswith("mtp.")
+    ]
+    beside = tmp_path / "Random-MTP-Q4K.gguf"
+    write(beside, {"general.architecture": whole.metadata["general.architecture"]}, tensors, "")
+    expected = Engine.open(built.path, EXACT).score_mtp(built.ids)
+    for place in (main.path, tmp_path):
+        np.testing.assert_array_equal(Engine.open(place, EXACT).score_mtp(built.ids), expected)
+    shutil.copy(beside, tmp_path / "other-mtp.gguf")
+    with pytest.raises(WeightsError, match=r"both lie beside .*model\.gguf"):
+        Engine.open(main.path, EXACT)
+    shutil.copy(built.path, tmp_path / "other-mtp.gguf")
+    beside.unlink()
+    with pytest.raises(WeightsError, match="stands in both"):
+        Engine.open(main.path, EXACT)
 
 
 @pytest.mark.parametrize(
