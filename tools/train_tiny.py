@@ -3,7 +3,7 @@
 
     python tools/train_tiny.py --out runs/tiny --minutes 85
     python tools/train_tiny.py --out runs/tiny --resume          # continue after an interruption
-    python tools/train_tiny.py --out runs/tiny --export models/tiny
+    python tools/train_tiny.py --out runs/tiny --export models/tiny-parent
 
 Needs the `train` extra. A run is a folder: `state.pt` (weights, optimiser, clock), `curve.jsonl`,
 `tokenizer.model`, and `plan.json`, the schedule, which is read again every ten steps and may be

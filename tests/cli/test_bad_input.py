@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ds4py.engine.engine import resolve
+from ds4py import assets
 
 Complaint = Callable[["subprocess.CompletedProcess[str]"], str]
 Damage = Callable[[Path], None]
@@ -136,7 +136,7 @@ def test_a_damaged_model(
     import re
 
     directory = tmp_path / "model"
-    shutil.copytree(resolve("tiny"), directory)
+    shutil.copytree(assets.path("models", "tiny-parent"), directory)
     damage(directory / file)
     done = ds4("generate", "hi", "--max-tokens", "1", "--model", str(directory))
     assert re.search(told, complaint(done)), done.stderr

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ds4py import assets
+
+PARENT = str(assets.path("models", "tiny-parent"))
+
 
 def ds4(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -17,13 +21,15 @@ def ds4(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_importance_bundle_and_an_answer(tmp_path: Path) -> None:
     corpus, weights, bundle = (tmp_path / n for n in ("text.txt", "i.safetensors", "bundle"))
     corpus.write_text("Anna had a small dog. The dog liked the garden. " * 8)
-    made = ds4("imatrix", "tiny", str(corpus), str(weights))
+    made = ds4("imatrix", PARENT, str(corpus), str(weights))
     assert (made.returncode, made.stdout.strip()) == (0, str(weights)), made.stderr
-    made = ds4("quantize", "tiny", str(bundle), "--imatrix", str(weights))
+    made = ds4("quantize", PARENT, str(bundle), "--imatrix", str(weights))
     assert (made.returncode, made.stdout.strip()) == (0, str(bundle)), made.stderr
     answer = ds4("generate", "Hello!", "--model", str(bundle), "--max-tokens", "5", "--seed", "1")
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
-    again = ds4("quantize", "tiny", str(bundle))
+    shown = ds4("inspect", str(bundle))
+    assert shown.returncode == 0 and "IQ2_XXS, Q2_K" in shown.stdout, shown.stderr
+    again = ds4("quantize", PARENT, str(bundle))
     assert again.returncode == 2 and "already holds a bundle" in again.stderr
 
 
@@ -31,11 +37,11 @@ def test_a_gguf_file_and_an_answer(tmp_path: Path) -> None:
     recipe, path = tmp_path / "recipe.json", tmp_path / "tiny.gguf"
     formats = {"routed.gate": "MXFP4", "routed.up": "MXFP4", "routed.down": "MXFP4"}
     recipe.write_text(json.dumps({"formats": formats}))
-    made = ds4("quantize", "tiny", str(path), "--to", "gguf", "--recipe", str(recipe))
+    made = ds4("quantize", PARENT, str(path), "--to", "gguf", "--recipe", str(recipe))
     assert (made.returncode, made.stdout.strip()) == (0, str(path)), made.stderr
     answer = ds4("generate", "Hello!", "--model", str(path), "--max-tokens", "5", "--seed", "1")
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
-    again = ds4("quantize", "tiny", str(path), "--to", "gguf")
+    again = ds4("quantize", PARENT, str(path), "--to", "gguf")
     assert again.returncode == 2 and "already exists" in again.stderr
 
 

@@ -19,6 +19,7 @@ from ds4py.config import ModelConfig
 from ds4py.errors import InputError, WeightsError
 from ds4py.formats.bundle import RECORD_ALIGN
 from ds4py.formats.gguf_blocks import FORMATS, decode
+from ds4py.formats.safetensors import read_header
 from ds4py.quant import imatrix
 from ds4py.quant.convert import Converter
 from ds4py.quant.encode import encode
@@ -200,6 +201,23 @@ def test_faults_are_named(bundle: Path, tmp_path: Path, damage: Any, named: str)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("file", ["dense", "experts-01"])
+def test_scales_that_are_no_numbers(bundle: Path, tmp_path: Path, file: str) -> None:
+    """NaN as the float16 scale of the first block of a matrix, and of expert 2's gate map."""
+    broken = tmp_path / "b"
+    shutil.copytree(bundle, broken)
+    path = broken / f"{file}.safetensors"
+    name = "head.weight" if file == "dense" else "experts"
+    entry = read_header(path)[name]
+    at = entry.offset + (0 if file == "dense" else 2 * entry.shape[1])
+    data = bytearray(path.read_bytes())
+    data[at : at + 2] = b"\x00\x7e"
+    path.write_bytes(data)
+    told = "head.weight" if file == "dense" else "IQ2_XXS map of expert 2"
+    with pytest.raises(WeightsError, match=rf"{file}.*{told} .*NaN or infinite; .* damaged"):
+        Engine.open(broken)
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -209,7 +227,7 @@ def _recipe(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_importance_is_the_mean_square_of_inputs(parent: Path, tmp_path: Path) -> None:
+def test_importance_is_the_smoothed_mean_square_of_inputs(parent: Path, tmp_path: Path) -> None:
     engine = Engine.open(parent, EXACT)
     ids = [int(t) for t in np.random.default_rng(0).integers(0, engine.config.vocab_size, 50)]
     found = imatrix.collect(engine, [ids[:30], ids[30:]])
@@ -227,6 +245,7 @@ def test_importance_is_the_mean_square_of_inputs(parent: Path, tmp_path: Path) -
     engine.session().sync(ids[30:])
     for expert, rows in inputs.items():
         expected = np.mean(np.square(rows), axis=0)
+        expected += expected.mean()
         name = f"layers.{layer}.ffn.experts.{expert}.w1.weight"
         np.testing.assert_allclose(found[name], expected, rtol=1e-5)
     imatrix.save(tmp_path / "i.safetensors", found)

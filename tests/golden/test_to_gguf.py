@@ -21,7 +21,7 @@ from tests.golden import sets
 from tests.golden.gguf_files import MIXED, PRESET, Q2, build
 from tools.golden.presets import config, draw
 
-TINY = assets.path("models", "tiny")
+TINY = assets.path("models", "tiny-parent")
 EXACT = EngineOptions(dtype="float32", trained_rounding=False)
 QUICK = {"formats": {"routed.gate": "MXFP4", "routed.up": "MXFP4", "routed.down": "Q8_0"}}
 
@@ -116,6 +116,25 @@ def test_the_embedded_model_from_a_gguf_file_to_a_bundle(tiny: Path, tmp_path: P
     original = ModelFiles.at(TINY).tokenizer()
     assert tokenizer is not None and original is not None
     assert tokenizer.encode(text) == original.encode(text)
+
+
+def test_a_bundle_is_a_source_too(tmp_path: Path) -> None:
+    """To a GGUF file and to another bundle: blocks that fit are copied, the rest is coded anew."""
+    first = tmp_path / "first"
+    Converter(ModelFiles.at(TINY).parts(), first, Recipe.from_dict(QUICK, 4)).run()
+    exporter(first, tmp_path / "m.gguf", QUICK).run()
+    again = ModelFiles.at(first)
+    Converter(again.parts(), tmp_path / "second", Recipe.from_dict(QUICK, 4)).run()
+    for file in ("dense.safetensors", "experts-01.safetensors", "experts-04.safetensors"):
+        assert (tmp_path / "second" / file).read_bytes() == (first / file).read_bytes()
+    mine, theirs = again.parts(), ModelFiles.at(tmp_path / "m.gguf").source()
+    for name in ("layers.1.ffn.experts.3.w2", "mtp.0.ffn.experts.15.w1", "layers.2.attn.wq_a"):
+        np.testing.assert_array_equal(mine.matrix(name), theirs.matrix(name))
+    recipe = QUICK | {"rules": [{"class": "routed", "layers": [2], "format": "Q4_K"}]}
+    Converter(again.parts(), tmp_path / "third", Recipe.from_dict(recipe, 4)).run()
+    ids = list(range(5, 40))
+    coarse, fine = (Engine.open(p, EXACT).score(ids) for p in (tmp_path / "third", first))
+    assert 0 < np.abs(coarse - fine).mean() < 0.2 * fine.std()
 
 
 def test_importance_reaches_the_encoder(tmp_path: Path) -> None:

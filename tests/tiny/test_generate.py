@@ -1,6 +1,5 @@
 """The embedded model speaks: text, stop strings, turns that reuse what was read."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,10 +79,3 @@ def test_numpy_and_mlx_agree_on_the_shipped_model(engine: Engine) -> None:
     fast = Engine.open("tiny", EngineOptions(trained_rounding=False)).score(ids)
     assert np.abs(reference - exact).max() < 1e-3
     assert np.abs(fast - exact).max() < 1e-3
-
-
-def test_embedded_model_is_small() -> None:
-    from ds4py import assets
-
-    folder: Path = assets.path("models", "tiny")
-    assert sum(p.stat().st_size for p in folder.iterdir()) < 16 * 2**20

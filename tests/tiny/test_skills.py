@@ -1,6 +1,9 @@
 """The embedded model: bundle, tokenizer, skills on a few held-out cases; and the grading."""
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -12,12 +15,16 @@ from safetensors import safe_open
 from ds4py import assets
 from ds4py.engine.engine import Engine
 from ds4py.eval import skills, tasks
+from ds4py.quant import imatrix
+from ds4py.quant.convert import Converter
+from ds4py.quant.recipe import Recipe
 from ds4py.text import chat
 from ds4py.text import tokenizer as tokenizers
 from ds4py.text.messages import CONTROL_TOKENS
 from ds4py.text.tokenizer import Tokenizer
+from ds4py.weights.files import ModelFiles
 
-BUNDLE = assets.path("models", "tiny")
+BUNDLE, PARENT = (assets.path("models", name) for name in ("tiny", "tiny-parent"))
 LIMIT = 16 * 2**20
 
 
@@ -33,18 +40,34 @@ def tokenizer() -> Tokenizer:
 
 def test_the_bundle_is_small_and_explained() -> None:
     files = {p.name: p.stat().st_size for p in BUNDLE.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.model", "README.md"} <= set(files)
+    parts = {"dense.safetensors", *(f"experts-{i:02d}.safetensors" for i in range(5))}
+    parts |= {"config.json", "recipe.json", "tokenizer.model", "imatrix.safetensors", "README.md"}
+    assert parts == set(files)
     assert sum(files.values()) < LIMIT
 
 
-def test_weights_are_stored_as_deepseek_stores_them() -> None:
+def test_the_bundle_is_what_the_quantiser_makes_of_its_parent(tmp_path: Path) -> None:
+    """Processors may round a sum differently, and then choose another code of equal worth."""
+    files = ModelFiles.at(PARENT)
+    plan = Recipe.load(None, len(files.config.layers))
+    importance = imatrix.load(BUNDLE / "imatrix.safetensors")
+    Converter(files.parts(), tmp_path / "b", plan, importance).run()
+    recipe = json.loads((BUNDLE / "recipe.json").read_text())
+    assert recipe["imatrix"] and len(recipe["files"]) == 6
+    for file, facts in recipe["files"].items():
+        assert facts["sha256"] == hashlib.sha256((BUNDLE / file).read_bytes()).hexdigest()
+        made, shipped = (np.fromfile(p / file, np.uint8) for p in (tmp_path / "b", BUNDLE))
+        assert made.shape == shipped.shape and (made != shipped).mean() < 0.01, file
+
+
+def test_the_parents_weights_are_stored_as_deepseek_stores_them() -> None:
     kinds = {
         "embed.weight": "BF16", "layers.0.attn.wq_a.weight": "F8_E4M3",
         "layers.0.attn.wq_a.scale": "F8_E8M0", "layers.1.ffn.experts.3.w2.weight": "I8",
         "layers.1.ffn.experts.3.w2.scale": "F8_E8M0", "layers.1.attn.compressor.ape": "F32",
         "layers.0.ffn.gate.tid2eid": "I64", "mtp.0.h_proj.weight": "F8_E4M3",
     }
-    with safe_open(BUNDLE / "model.safetensors", "np") as f:
+    with safe_open(PARENT / "model.safetensors", "np") as f:
         stored = {name: f.get_slice(name).get_dtype() for name in kinds}
     assert stored == kinds
 
