@@ -80,9 +80,12 @@ const uint end = min(begin + part_rows, n_rows);
 
 // q^T by tiles [channels, heads]; heads beyond the last are zero.
 simdgroup_float8x8 q_tiles[HEADS / 8][8];
+MLX_MTL_PRAGMA_UNROLL
 for (uint h = 0; h < HEADS / 8; h++) {
+  MLX_MTL_PRAGMA_UNROLL
   for (uint t = 0; t < 8; t++) {
     const uint from = 64 * block + 16 * (tile_r / 2) + 2 * t + tile_r % 2;
+    MLX_MTL_PRAGMA_UNROLL
     for (uint e = 0; e < 2; e++) {
       const uint head = first_head + 8 * h + tile_c + e;
       q_tiles[h][t].thread_elements()[e] =
@@ -91,13 +94,16 @@ for (uint h = 0; h < HEADS / 8; h++) {
   }
 }
 simdgroup_float8x8 sums[HEADS / 8][8];
+MLX_MTL_PRAGMA_UNROLL
 for (uint h = 0; h < HEADS / 8; h++) {
+  MLX_MTL_PRAGMA_UNROLL
   for (uint t = 0; t < 8; t++) sums[h][t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 }
 // Softmax of entry (head, row) = i * threads + thread_id; the 16 lanes of a head agree on both.
 // The sink is one more key, so its logit may start the maximum, which then is never -inf.
 float top[ENTRIES];
 float total[ENTRIES];
+MLX_MTL_PRAGMA_UNROLL
 for (uint i = 0; i < ENTRIES; i++) {
   const uint head = first_head + (i * 32 * BLOCKS + thread_id) / TILE_ROWS;
   top[i] = head < NH ? max(sinks[head], -FLT_MAX) : 0.0f;
@@ -106,6 +112,7 @@ for (uint i = 0; i < ENTRIES; i++) {
 
 for (uint tile = begin; tile < end; tile += TILE_ROWS) {
   simdgroup_float8x8 rows[2][8];
+  MLX_MTL_PRAGMA_UNROLL
   for (uint half_tile = 0; half_tile < 2; half_tile++) {
     const uint slot = tile + 8 * half_tile + tile_r;
     const device uint8_t* from = (const device uint8_t*)delta_rows;
@@ -122,20 +129,26 @@ for (uint tile = begin; tile < end; tile += TILE_ROWS) {
     }
     float2 x[8];
     // What is not a row of this query may hold anything, also NaN: it is never read.
+    MLX_MTL_PRAGMA_UNROLL
     for (uint t = 0; t < 8; t++) x[t] = float2(0.0f);
     if (exists) attention_pairs<HD, ROPE, PLAIN, T>(from, block, tile_c / 2, x);
+    MLX_MTL_PRAGMA_UNROLL
     for (uint t = 0; t < 8; t++) {
       rows[half_tile][t].thread_elements()[0] = x[t].x;
       rows[half_tile][t].thread_elements()[1] = x[t].y;
     }
     if (block == 0 && tile_c == 0) seen[8 * half_tile + tile_r] = exists ? 1 : 0;
   }
+  MLX_MTL_PRAGMA_UNROLL
   for (uint h = 0; h < HEADS / 8; h++) {
+    MLX_MTL_PRAGMA_UNROLL
     for (uint half_tile = 0; half_tile < 2; half_tile++) {
       simdgroup_float8x8 score = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      MLX_MTL_PRAGMA_UNROLL
       for (uint t = 0; t < 8; t++) {
         simdgroup_multiply_accumulate(score, rows[half_tile][t], q_tiles[h][t], score);
       }
+      MLX_MTL_PRAGMA_UNROLL
       for (uint e = 0; e < 2; e++) {
         const uint head = 8 * h + tile_c + e;
         products[(block * HEADS + head) * TILE_ROWS + 8 * half_tile + tile_r] =
@@ -144,6 +157,7 @@ for (uint tile = begin; tile < end; tile += TILE_ROWS) {
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < ENTRIES; i++) {
     const uint entry = i * 32 * BLOCKS + thread_id;
     if (entry >= HEADS * TILE_ROWS) continue;  // whole simdgroups
@@ -159,17 +173,22 @@ for (uint tile = begin; tile < end; tile += TILE_ROWS) {
     if (entry % TILE_ROWS == 0) decays[entry / TILE_ROWS] = decay;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  MLX_MTL_PRAGMA_UNROLL
   for (uint h = 0; h < HEADS / 8; h++) {
     const uint head = 8 * h + tile_r;
+    MLX_MTL_PRAGMA_UNROLL
     for (uint t = 0; t < 8; t++) {
       sums[h][t].thread_elements()[0] *= decays[head];
       sums[h][t].thread_elements()[1] *= decays[head];
     }
+    MLX_MTL_PRAGMA_UNROLL
     for (uint half_tile = 0; half_tile < 2; half_tile++) {
       simdgroup_float8x8 weights;
+      MLX_MTL_PRAGMA_UNROLL
       for (uint e = 0; e < 2; e++) {
         weights.thread_elements()[e] = chances[head * TILE_ROWS + 8 * half_tile + tile_c + e];
       }
+      MLX_MTL_PRAGMA_UNROLL
       for (uint t = 0; t < 8; t++) {
         simdgroup_multiply_accumulate(sums[h][t], weights, rows[half_tile][t], sums[h][t]);
       }
@@ -178,14 +197,17 @@ for (uint tile = begin; tile < end; tile += TILE_ROWS) {
 }
 
 const size_t out = (size_t(query) * n_parts + part) * NH;
+MLX_MTL_PRAGMA_UNROLL
 for (uint h = 0; h < HEADS / 8; h++) {
   const uint head = first_head + 8 * h + tile_r;
   if (head >= NH) continue;
   device float2* to = (device float2*)(partials + (out + head) * HD + channel);
+  MLX_MTL_PRAGMA_UNROLL
   for (uint t = 0; t < 8; t++) {
     to[t] = float2(sums[h][t].thread_elements()[0], sums[h][t].thread_elements()[1]);
   }
 }
+MLX_MTL_PRAGMA_UNROLL
 for (uint i = 0; i < ENTRIES; i++) {
   const uint entry = i * 32 * BLOCKS + thread_id;
   const uint head = first_head + entry / TILE_ROWS;

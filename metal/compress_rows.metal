@@ -96,11 +96,13 @@ if (threadgroup_position_in_grid.y == 0) {
                     index_history + size_t(place[1]) * KEPT * INDEX_VALUES, index_ape, stride,
                     step[0]};
   Pairs<INDEX_WIDTH / 64> x;
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < INDEX_WIDTH / 64; i++) {
     x.at[i] = rounded<T>(pool_pair<INDEX_WIDTH, RATIO, C>(s, number, 64 * i + 2 * lane));
   }
   const float root = sqrt(squares(x) / float(INDEX_WIDTH) + constants[0]);
   const Pairs<INDEX_WIDTH / 64> weight = load_pairs<INDEX_WIDTH / 64>(index_norm, lane);
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < INDEX_WIDTH / 64; i++) {
     const float2 y = rounded<T>(x.at[i] / root * weight.at[i]);
     x.at[i] = rotate_block<T, INDEX_WIDTH, ROPE>(y, table, i, lane);
@@ -110,6 +112,7 @@ if (threadgroup_position_in_grid.y == 0) {
     store_pairs((device T*)out, lane, x);
   } else {
     x = rounded_pairs<T>(hadamard(x, lane));
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < INDEX_WIDTH / 64; i++) {
       fp4_pair_store(out, INDEX_WIDTH, i, lane, x.at[i]);
     }

@@ -20,6 +20,7 @@ inline void query_head(const device float* in, device T* out, const device float
                        uint lane) {
   Pairs<HD / 64> x = rounded_pairs<T>(load_pairs<HD / 64>(in, lane));
   const float root = sqrt(squares(x) / float(HD) + eps);
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < HD / 64; i++) {
     x.at[i] = rotate_block<T, HD, ROPE>(rounded<T>(x.at[i] / root), table, i, lane);
   }
@@ -32,6 +33,7 @@ inline void own_row(const device float* in, device uint8_t* out, const device fl
   Pairs<HD / 64> x = rounded_pairs<T>(load_pairs<HD / 64>(in, lane));
   const Pairs<HD / 64> weight = load_pairs<HD / 64>(norm, lane);
   const float root = sqrt(squares(x) / float(HD) + eps);
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < HD / 64; i++) {
     const float2 y = rounded<T>(x.at[i] / root * weight.at[i]);
     attention_block_store<T, HD, ROPE, PLAIN>(
@@ -43,9 +45,11 @@ template <typename T, int D, int ROPE, bool PLAIN>
 inline void index_head(const device float* in, device T* out, const device float* table,
                        uint lane) {
   Pairs<D / 64> x = rounded_pairs<T>(load_pairs<D / 64>(in, lane));
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < D / 64; i++) x.at[i] = rotate_block<T, D, ROPE>(x.at[i], table, i, lane);
   if (!PLAIN) {  // without rounding the transform cancels between query and row
     x = rounded_pairs<T>(hadamard(x, lane));
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < D / 64; i++) {
       const float scale = e8m0_decode(fp4_block_code(x.at[i]));
       x.at[i] = fp4_round(x.at[i], scale) * scale;
@@ -62,6 +66,7 @@ constexpr uint ROW_JOB = NH;
 constexpr uint VALUE_JOBS = ROW_JOB + 1;
 constexpr uint N_VALUE_JOBS = (VALUES + INDEX_VALUES + VALUES_PER_JOB - 1) / VALUES_PER_JOB;
 constexpr uint INDEX_JOBS = VALUE_JOBS + N_VALUE_JOBS;
+constexpr uint INDEX_WIDTH = INDEX_DIM > 0 ? INDEX_DIM : 64;  // unused without an indexer
 constexpr uint ROW_BYTES = attention_row_bytes<T, HD, ROPE, PLAIN>();
 
 const uint job = thread_position_in_grid.x / 32;
@@ -94,7 +99,7 @@ if (job < ROW_JOB) {
   }
 } else if (job < INDEX_JOBS + INDEX_HEADS) {
   const uint head = job - INDEX_JOBS;
-  index_head<T, INDEX_DIM, ROPE, PLAIN>(
+  index_head<T, INDEX_WIDTH, ROPE, PLAIN>(
       heads + NH * HD + head * INDEX_DIM,
       index_query + (size_t(token) * INDEX_HEADS + head) * INDEX_DIM, table, lane);
 } else {

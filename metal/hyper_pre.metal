@@ -72,6 +72,7 @@ for (uint g = 0; g < HYPER_SIMDGROUPS; g++) {
 }
 const float gate = sigmoid(first / rms * fn_scale[lane % R] + fn_base[lane % R]);
 float weights[H];
+MLX_MTL_PRAGMA_UNROLL
 for (ushort h = 0; h < H; h++) weights[h] = simd_shuffle(gate, h) + epsilons[1];
 if (ITERS > 0) {
   const float comb = sinkhorn<LOG_H, ITERS>(
@@ -84,10 +85,12 @@ if (ITERS > 0) {
 
 float4 sum_of_streams[FOURS];
 float mine = 0.0f;
+MLX_MTL_PRAGMA_UNROLL
 for (uint i = 0; i < FOURS; i++) {
   const uint four = i * HYPER_THREADS + thread_id;
   if (four >= D / 4) continue;
   float4 x = float4(0.0f);
+  MLX_MTL_PRAGMA_UNROLL
   for (uint h = 0; h < H; h++) {
     const size_t from = (size_t(row) * H + h) * (D / 4) + four;
     x += weights[h] * float4(((const device vec<T, 4>*)streams)[from]);
@@ -102,6 +105,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 float total = 0.0f;
 for (uint g = 0; g < HYPER_SIMDGROUPS; g++) total += square_sums[g];
 const float root = sqrt(total / float(D) + epsilons[2]);
+MLX_MTL_PRAGMA_UNROLL
 for (uint i = 0; i < FOURS; i++) {
   const uint four = i * HYPER_THREADS + thread_id;
   if (four >= D / 4) continue;

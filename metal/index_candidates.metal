@@ -21,21 +21,29 @@
 constant constexpr uint ROW_TILES = 4;  // of 8 rows, per simdgroup
 constant constexpr uint SCORED = ROW_TILES * 8 * TOPK_THREADS / 32;  // rows per round
 
+// What holds values of rows and queries without loss: rounded ones are exact in bfloat16 whatever
+// the activations are, which halves the registers that rows take.
+template <bool PLAIN, typename T> struct Held { typedef bfloat16_t type; };
+template <typename T> struct Held<true, T> { typedef T type; };
+
 // Channels part*D/4 + 2*t (+ 1), t below D/8, of one row.
-template <int D, bool PLAIN, typename T>
-inline void index_pairs(const device uint8_t* row, uint part, thread float2* x) {
+template <int D, bool PLAIN, typename T, typename Q>
+inline void index_pairs(const device uint8_t* row, uint part, thread vec<Q, 2>* x) {
   if (PLAIN) {
     const device T* values = (const device T*)row + part * (D / 4);
-    for (uint t = 0; t < D / 8; t++) x[t] = float2(float(values[2 * t]), float(values[2 * t + 1]));
+    MLX_MTL_PRAGMA_UNROLL
+    for (uint t = 0; t < D / 8; t++) x[t] = vec<Q, 2>(Q(values[2 * t]), Q(values[2 * t + 1]));
     return;
   }
   const device uint* words = (const device uint*)(row + part * (D / 8));
+  MLX_MTL_PRAGMA_UNROLL
   for (uint w = 0; w < D / 32; w++) {
     const uint word = words[w];
     const float scale = e8m0_decode(row[D / 2 + (part * (D / 4) + 8 * w) / FP4_BLOCK]);
+    MLX_MTL_PRAGMA_UNROLL
     for (uint b = 0; b < 4; b++) {
       const uint codes = word >> (8 * b);
-      x[4 * w + b] = float2(e2m1_decode(codes), e2m1_decode(codes >> 4)) * scale;
+      x[4 * w + b] = vec<Q, 2>(Q(e2m1_decode(codes) * scale), Q(e2m1_decode(codes >> 4) * scale));
     }
   }
 }
@@ -44,8 +52,7 @@ inline void index_pairs(const device uint8_t* row, uint part, thread float2* x) 
 constexpr uint STEPS = D / 8;
 constexpr uint HEAD_TILES = (HEADS + 7) / 8;
 constexpr uint ROW_BYTES = PLAIN ? D * sizeof(T) : D / 2 + D / FP4_BLOCK;
-// Rounded queries are exact in bfloat16 whatever T is.
-typedef metal::conditional_t<PLAIN, T, bfloat16_t> Q;
+typedef typename Held<PLAIN, T>::type Q;
 threadgroup Q q_tiles[HEAD_TILES * STEPS * 64];
 threadgroup float head_weights[HEAD_TILES * 8];
 threadgroup float scores[SCORED];
@@ -81,37 +88,43 @@ const uint n_old = uint(step[1]);
 const size_t layer_at = size_t(place[1]) * size_t(index_rows_shape[1]);
 TopList list = empty_list();
 for (uint first = part * SCORED; first < n_rows; first += n_parts * SCORED) {
-  float2 rows[ROW_TILES][STEPS];
+  vec<Q, 2> rows[ROW_TILES][STEPS];
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < ROW_TILES; i++) {
     const uint id = min(first + (group * ROW_TILES + i) * 8 + tile_r, n_rows - 1);
     const device uint8_t* from = id < n_old
         ? (const device uint8_t*)index_rows + (layer_at + id) * ROW_BYTES
         : (const device uint8_t*)new_index_rows + size_t(id - n_old) * ROW_BYTES;
-    index_pairs<D, PLAIN, T>(from, tile_c / 2, rows[i]);
+    index_pairs<D, PLAIN, T, Q>(from, tile_c / 2, rows[i]);
   }
   float sums[ROW_TILES] = {};
   for (uint h = 0; h < HEAD_TILES; h++) {
     simdgroup_float8x8 dots[ROW_TILES];
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < ROW_TILES; i++) {
       dots[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
+    MLX_MTL_PRAGMA_UNROLL
     for (uint t = 0; t < STEPS; t++) {
       simdgroup_float8x8 q;
       const uint at = (h * STEPS + t) * 64 + tile_r * 8 + tile_c;
       q.thread_elements()[0] = float(q_tiles[at]);
       q.thread_elements()[1] = float(q_tiles[at + 1]);
+      MLX_MTL_PRAGMA_UNROLL
       for (uint i = 0; i < ROW_TILES; i++) {
         simdgroup_float8x8 row;
-        row.thread_elements()[0] = rows[i][t].x;
-        row.thread_elements()[1] = rows[i][t].y;
+        row.thread_elements()[0] = float(rows[i][t].x);
+        row.thread_elements()[1] = float(rows[i][t].y);
         simdgroup_multiply_accumulate(dots[i], row, q, dots[i]);
       }
     }
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < ROW_TILES; i++) {
       sums[i] += max(dots[i].thread_elements()[0], 0.0f) * head_weights[8 * h + tile_c];
       sums[i] += max(dots[i].thread_elements()[1], 0.0f) * head_weights[8 * h + tile_c + 1];
     }
   }
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < ROW_TILES; i++) {  // the four lanes of a row differ in bits 0 and 3
     sums[i] += simd_shuffle_xor(sums[i], ushort(1));
     sums[i] += simd_shuffle_xor(sums[i], ushort(8));

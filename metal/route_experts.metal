@@ -15,6 +15,7 @@ const uint row = threadgroup_position_in_grid.y;
 
 float ranks[PER_LANE];
 if (!HASHED) {
+  MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < PER_LANE; i++) {
     const uint expert = 32 * i + lane;
     ranks[i] = expert < E ? sqrt(softplus(logits[size_t(row) * E + expert])) +
@@ -28,13 +29,16 @@ for (uint round = 0; round < K; round++) {
     chosen = uint(bias_or_table[size_t(tokens[row]) * K + round]);
   } else {
     float best = -INFINITY;
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < PER_LANE; i++) best = max(best, ranks[i]);
     best = simd_max(best);
     chosen = E;
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < PER_LANE; i++) {
       if (ranks[i] == best) chosen = min(chosen, 32 * i + lane);
     }
     chosen = simd_min(chosen);
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < PER_LANE; i++) {
       if (32 * i + lane == chosen) ranks[i] = -INFINITY;
     }

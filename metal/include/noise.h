@@ -12,10 +12,12 @@ inline uint mix_bits(uint x) {
   return x ^ (x >> 16);
 }
 
+constant constexpr float UNIT = 1.0f / 4294967296.0f;
+
 // Standard Gumbel. The uniform number keeps its relative precision near 0, which is where the
 // large values, those that win, come from.
 inline float gumbel(uint high, uint low, uint counter) {
   const uint bits = mix_bits(mix_bits(counter + high) ^ low);
-  const float uniform = min((float(bits) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);
+  const float uniform = min((float(bits) + 0.5f) * UNIT, 1.0f - 256.0f * UNIT);
   return -log(-log_one_plus(-uniform));
 }

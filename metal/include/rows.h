@@ -51,7 +51,7 @@ inline float small_round(float x, int lowest_exponent, uint n_mantissa) {
 inline uint e4m3_encode(float x) {
   const uint bits = as_type<uint>(x);
   const float magnitude = fabs(x);
-  const uint code = magnitude < 0x1p-6f ? uint(magnitude * 512.0f)
+  const uint code = magnitude < 1.0f / 64.0f ? uint(magnitude * 512.0f)
                                         : ((bits & 0x7fffffffu) >> 20) - ((127u - 7u) << 3);
   return code | ((bits >> 24) & 0x80u);
 }
@@ -68,7 +68,7 @@ inline uint e2m1_encode(float x) {
 inline void fp8_block_store(device uint8_t* row, uint nope, uint block, uint lane, float2 x) {
   const float amax = max(simd_max(max(fabs(x.x), fabs(x.y))), 1e-4f);
   const uint code = scale_code(amax / FP8_MAX);
-  const float2 y = clamp(x / e8m0_decode(code), -FP8_MAX, FP8_MAX);
+  const float2 y = clamp(x / e8m0_decode(code), float2(-FP8_MAX), float2(FP8_MAX));
   const uint low = e4m3_encode(small_round(y.x, -6, 3));
   const uint high = e4m3_encode(small_round(y.y, -6, 3));
   *(device ushort*)(row + block * FP8_BLOCK + 2 * lane) = ushort(low | (high << 8));
@@ -106,11 +106,11 @@ inline uint fp4_block_code(float2 x) {
   for (ushort distance = 1; distance < FP4_BLOCK / 2; distance *= 2) {
     amax = max(amax, simd_shuffle_xor(amax, distance));
   }
-  return scale_code(max(amax, FP4_MAX * 0x1p-126f) / FP4_MAX);
+  return scale_code(max(amax, FP4_MAX * FLT_MIN) / FP4_MAX);
 }
 
 inline float2 fp4_round(float2 x, float scale) {
-  const float2 y = clamp(x / scale, -FP4_MAX, FP4_MAX);
+  const float2 y = clamp(x / scale, float2(-FP4_MAX), float2(FP4_MAX));
   return float2(small_round(y.x, 0, 1), small_round(y.y, 0, 1));
 }
 
@@ -127,6 +127,7 @@ inline void fp4_pair_store(device uint8_t* row, uint d, uint i, uint lane, float
 template <int N, bool ALIGNED>
 inline void load_words(const device uint8_t* from, thread uint* words) {
   if (ALIGNED) {
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < N; i += 2) {
       const uint2 pair = ((const device uint2*)from)[i / 2];
       words[i] = pair.x;
@@ -134,6 +135,7 @@ inline void load_words(const device uint8_t* from, thread uint* words) {
     }
   } else {
     const device ushort* halves = (const device ushort*)from;
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < N; i++) words[i] = uint(halves[2 * i]) | (uint(halves[2 * i + 1]) << 16);
   }
 }
@@ -146,11 +148,13 @@ inline void attention_pairs(const device uint8_t* row, uint block, uint part, th
   const uint first = block * FP8_BLOCK + 16 * part;
   if (PLAIN) {
     const device T* values = (const device T*)row + first;
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < 8; i++) x[i] = float2(float(values[2 * i]), float(values[2 * i + 1]));
   } else if (first < nope) {
     const float scale = e8m0_decode(row[nope + block]);
     uint codes[4];
     load_words<4, aligned>(row + first, codes);
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < 8; i++) {
       const uint pair = codes[i / 2] >> (16 * (i % 2));
       x[i] = float2(e4m3_decode(pair), e4m3_decode(pair >> 8)) * scale;
@@ -158,6 +162,7 @@ inline void attention_pairs(const device uint8_t* row, uint block, uint part, th
   } else {
     uint bits[8];
     load_words<8, aligned>(row + attention_tail(nope) + 2 * (first - nope), bits);
+    MLX_MTL_PRAGMA_UNROLL
     for (uint i = 0; i < 8; i++) {
       x[i] = float2(bfloat_decode(bits[i] & 0xffffu), bfloat_decode(bits[i] >> 16));
     }
