@@ -22,6 +22,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy.typing as npt
 
+from ds4py.bench import traffic
 from ds4py.bench.blank import Blank, FormatOf, unallocated
 from ds4py.cache.rows import capacity
 from ds4py.cache.state import Frontier, SequenceState
@@ -39,7 +40,8 @@ VIEWS = frozenset(
 )
 """MLX operations that only look at their input in another way."""
 KERNEL = "CustomKernel"
-REPEAT = 5
+REPEAT = 20
+"""Times a step is built; the first one plans its launches, the others replay them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class StepCost:
     """The kernel with the largest new buffer, and its bytes."""
     build_ms: float
     """Processor time of building the step: the least of several."""
+    n_bytes: dict[str, int]
+    """What a step of one token must read, by class."""
 
     @property
     def launches(self) -> int:
@@ -81,14 +85,17 @@ def trace_step(
     def traced(tokens: mx.array) -> mx.array:
         best = float("inf")
         for _ in range(REPEAT):
-            launcher.clear()
+            launcher.counters.clear()
             state = state_at(model, position)
             known, _ = _graph([*launcher.adopted, *state.pending()])
             start = process_time()
             arrays = _step(model, state, tokens, launcher)
             best = min(best, process_time() - start)
         kernels, operations = dict(launcher.counters), _operations(arrays, known)
-        cost = StepCost(position, n_tokens, kernels, operations, launcher.largest, 1000 * best)
+        n_bytes = traffic.bytes_per_token(model, loader.resident, state_at(model, position))
+        cost = StepCost(
+            position, n_tokens, kernels, operations, launcher.largest, 1000 * best, n_bytes
+        )
         found.append(cost)
         raise _Traced
 
@@ -132,10 +139,6 @@ class _Recorder(Launcher):
     def _adopt(self, host: npt.NDArray[Any]) -> mx.array:
         self.adopted.append(unallocated(host))
         return self.adopted[-1]
-
-    def clear(self) -> None:
-        self.counters.clear()
-        self.largest = ("", 0)
 
     def launch(self, name: str, *rest: Any) -> list[Array]:
         for shape, dtype in rest[-1]:

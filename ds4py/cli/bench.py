@@ -2,10 +2,18 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ds4py.cli.model import open_engine
+from ds4py.cli.model import announce, open_engine
 from ds4py.cli.progress import ProgressBar
-from ds4py.cli.settings import ModelChoice, Settings
+from ds4py.cli.settings import ModelChoice, Settings, models_directory
+from ds4py.sizes import format_size
+
+if TYPE_CHECKING:
+    from ds4py.bench.kernels import StepCost
 
 
 def run_speed(model: ModelChoice, tokens: int, repeat: int, json_only: bool) -> int:
@@ -68,3 +76,45 @@ def run_kv(model: ModelChoice, repeat: int, with_trace: bool, json_only: bool) -
             print(f"{t.budget:10}  {shares}")
     print(json.dumps(kv.as_json(engine, restores, saves, traced, machine.describe())))
     return 0
+
+
+def run_kernels(model: ModelChoice, positions: Sequence[int], json_only: bool) -> int:
+    """Count what a step launches and reads; tables, then one line of JSON. The exit code."""
+    from ds4py.bench import kernels, machine
+    from ds4py.config import ModelConfig
+    from ds4py.engine.engine import resolve
+    from ds4py.quant.recipe import default_format
+    from ds4py.weights.files import ModelFiles
+
+    path = Path(model.name).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        config = ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        announce(model)
+        config = ModelFiles.at(resolve(model.name, models_directory())).config
+    costs = [kernels.trace_step(config, default_format, n) for n in positions]
+    if not json_only:
+        for cost in costs:
+            _print_cost(cost)
+    print(
+        json.dumps(
+            {"bench": "kernels", "steps": [asdict(c) for c in costs]}
+            | {"machine": machine.describe()}
+        )
+    )
+    return 0
+
+
+def _print_cost(cost: "StepCost") -> None:
+    total = sum(cost.n_bytes.values())
+    print(f"one token after {cost.position}: {cost.launches} launches, {format_size(total)} read")
+    print(f"  built in {cost.build_ms:.2f} ms; largest new buffer {format_size(cost.largest[1])}")
+    for name, count in sorted(cost.kernels.items(), key=lambda item: -item[1]):
+        print(f"  {name:20} {count:5}")
+    print(f"  {'of MLX':20} {sum(cost.operations.values()):5}   {_listed(cost.operations)}")
+    for name, n_bytes in sorted(cost.n_bytes.items(), key=lambda item: -item[1]):
+        print(f"  {name:20} {format_size(n_bytes):>10}")
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in sorted(counts.items()))

@@ -394,6 +394,32 @@ def speed(
 bench.command("experts", short_help="Measure streamed experts.")(streaming.bench)
 
 
+@bench.command(short_help="Count a step's launches and bytes.")
+def kernels(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|config.json",
+            show_default=False,
+            help="Name, directory, or the config.json of a model that is not here.",
+        ),
+    ] = None,
+    at: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Tokens before the step. Repeatable."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
+) -> int:
+    """Count what the Metal kernels launch and read for one token, and time building a step.
+
+    Nothing is computed, so a config.json is enough, and no GPU is needed: weights count as the
+    default recipe stores them. Prints tables and, as the last line, JSON.
+    """
+    from ds4py.cli.bench import run_kernels
+
+    return run_kernels(given.choose_model(model), at or [1000, 100_000], json)
+
+
 @bench.command(short_help="Measure the quantisers.")
 def encode(
     weights: Annotated[
