@@ -10,7 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ds4py.kernels.build import KernelText, Launcher, read_kernel
+from ds4py.kernels.build import (
+    KernelText,
+    Launcher,
+    metal_available,
+    metal_launcher,
+    read_kernel,
+)
 
 pytest.importorskip("ziglang")
 from tools.metal_cpu import Kernel, ShaderError, assert_same_source
@@ -64,12 +70,13 @@ def compare_with_mlx(
 
 def shader_runs(run: Run) -> list[Any]:
     """What `run` gives in the natural order, which every other order must repeat bit for bit, and
-    in check mode, which must find nothing."""
+    in check mode, which must find nothing. On a Mac also what its GPU gives."""
     natural = run(launcher())
     for seed in SEEDS:
         for x, y in zip(host(natural), host(run(launcher(seed=seed))), strict=True):
             np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
-    return [natural, run(launcher("check"))]
+    on_gpu = [run(metal_launcher())] if metal_available() else []
+    return [natural, run(launcher("check")), *on_gpu]
 
 
 def host(made: Any) -> list[np.ndarray]:
