@@ -129,6 +129,9 @@ BUGS = {
         5,
         "big",
     ),
+    "negative float to unsigned": Bug(
+        "o[i] = 0;\nuint u = uint(10.0 - a[i]); o[i] = u;", "conversion out of range", 5, ""
+    ),
     "division by zero": Bug("o[i] = i / (uint)(a[i] - a[i]);", "arithmetic fault", 4, ""),
     "misaligned vector": Bug(
         "\nfloat4 v = *(device const float4*)(a + t / 8); o[i] = v.x;", "misaligned access", 5, ""

@@ -194,6 +194,22 @@ assert out.sum() == 9
         subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("missing", ["ziglang", "ml_dtypes"])
+def test_a_missing_package_is_named_with_the_extra(missing: str) -> None:
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+from tools.metal_cpu import Kernel
+Kernel("k", [], ["o"], "o[0] = 1;")(
+    inputs=[], grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[(1,)], output_dtypes=["int8"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    last = done.stderr.strip().split("\n")[-1]
+    assert missing in last and "pip install" in last and "[shaders]" in last
+
+
 @pytest.mark.parametrize("target", ["aarch64-linux-gnu", "aarch64-macos"])
 def test_the_sources_compile_for_other_machines(target: str, tmp_path: Path) -> None:
     """Compiled only: no such machine is at hand here."""

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 pytest.importorskip("ziglang")
 
 from tools.metal_cpu import Kernel, assert_same_source
+from tools.metal_cpu.arrays import numpy_dtype
 from tools.metal_cpu.source import ATTRIBUTES, TYPES
 
 NAMES = ["a", "bb", "x", "weights", "q_shape", "k2"]
-DTYPES = st.sampled_from([d for d in TYPES if d not in ("complex64", "bfloat16")])
-OUTPUTS = st.sampled_from(list(TYPES))
+DTYPES = st.sampled_from(list(TYPES)).map(numpy_dtype)
+TYPE_NAMES = st.sampled_from(list(TYPES))
 SHAPES = st.sampled_from([(), (1,), (7,), (8,), (2, 3), (2, 4), (1, 1, 1), (3, 5, 2)])
-TEMPLATE = st.tuples(
-    st.sampled_from(["T", "N", "B", "M1"]), st.one_of(st.booleans(), st.integers(-9, 99), OUTPUTS)
-)
+VALUES = st.one_of(st.booleans(), st.integers(-9, 99), TYPE_NAMES)
+TEMPLATE = st.tuples(st.sampled_from(["T", "N", "B", "M1"]), VALUES)
 
 
 @st.composite
@@ -31,7 +31,7 @@ def calls(draw: st.DrawFn) -> tuple[Kernel, list[np.ndarray], list, list]:
     template = draw(st.lists(TEMPLATE, max_size=3, unique_by=lambda t: t[0]))
     header = draw(st.sampled_from(["", "inline int f() { return 1; }\n", "// no newline"]))
     kernel = Kernel("k", names, outputs, body, header, atomic_outputs=draw(st.booleans()))
-    return kernel, inputs, template, [draw(OUTPUTS) for _ in outputs]
+    return kernel, inputs, template, [draw(TYPE_NAMES) for _ in outputs]
 
 
 @given(calls())

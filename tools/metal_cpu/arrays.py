@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
 from tools.metal_cpu.source import TYPES
+
+try:
+    import ml_dtypes
+except ModuleNotFoundError as exc:
+    raise ModuleNotFoundError(
+        "tools/metal_cpu needs the package 'ml_dtypes' (bfloat16 arrays in numpy), which is not "
+        "installed; run: pip install '.[shaders]'"
+    ) from exc
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

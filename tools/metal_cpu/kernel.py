@@ -22,6 +22,7 @@ MAX_THREADS = 1024
 WORTH_A_WORKER = 4096
 """Threads in a launch below which waking a second worker costs more than it saves."""
 
+
 @dataclass(frozen=True)
 class Variant:
     """A compiled kernel for one set of argument types and template values."""

@@ -28,6 +28,7 @@ KINDS = (
     "output never written",
     "index out of range",
     "misaligned access",
+    "conversion out of range",
 )
 NO_BUFFER = 48
 
@@ -176,6 +177,8 @@ class Reader:
             name = self._indexed(r)
         elif kind == "misaligned access":
             body = f"an address that is {r.offset} mod 256 for {text}{quote}{at}"
+        elif kind == "conversion out of range":
+            body = f"a float to {text}{quote}{at}"
         elif kind == "output never written":
             body = f"{described}: {r.size} bytes, the first is byte {r.offset}"
         elif described:

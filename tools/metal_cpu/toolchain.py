@@ -38,7 +38,8 @@ MODES = {
     "check": (
         "-O1 -gline-tables-only -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 "
         "-mllvm -tsan-instrument-read-before-write=1 "
-        "-fsanitize=array-bounds,local-bounds,integer-divide-by-zero,alignment "
+        "-fsanitize=array-bounds,local-bounds,integer-divide-by-zero,alignment,"
+        "float-cast-overflow "
         "-fno-sanitize-recover=all -fno-sanitize-trap=all -ftrivial-auto-var-init=pattern "
         "-DMSL_CHECK"
     ).split(),
@@ -91,6 +92,7 @@ def cache_folder() -> Path:
 @cache
 def sources_key() -> str:
     """Hash of the compiler and of everything here that has a say in what it makes."""
+    zig()  # says what to install if it is missing
     digest = hashlib.sha256(metadata.version("ziglang").encode())
     digest.update(repr((LANGUAGE, MODES, RUNTIME_FLAGS, target())).encode())
     own = [HERE / f"{name}.py" for name in ("compiler", "lint", "rewrite", "toolchain")]

@@ -155,7 +155,7 @@ template <int N> MSL_AI bool all(vec<bool, N> v) {
   MSL_AI T select(T a, T b, bool c) { return c ? b : a; }
 #define MSL_INTEGER(T, U)                                                    \
   MSL_ORDER(T)                                                               \
-  MSL_AI U abs(T x) { return (U)(x < (T)0 ? (U)0 - (U)x : (U)x); }           \
+  MSL_AI T abs(T x) { return (T)(x < (T)0 ? (U)0 - (U)x : (U)x); }           \
   MSL_AI U absdiff(T x, T y) { return x < y ? (U)y - (U)x : (U)x - (U)y; }   \
   MSL_AI T popcount(T x) { return (T)__builtin_popcountl((ulong)(U)x); }     \
   MSL_AI T clz(T x) {                                                        \
@@ -200,15 +200,11 @@ MSL_V2(absdiff)
     for (int i = 0; i < vec_traits<V>::n; i++) r.d[i] = name(r.d[i]);        \
     return r;                                                                \
   }
+MSL_V1(abs)
 MSL_V1(popcount)
 MSL_V1(clz)
 MSL_V1(ctz)
 MSL_V1(reverse_bits)
-template <class T, int N> MSL_AI auto abs(vec<T, N> v) -> vec<decltype(abs(v.d[0])), N> {
-  vec<decltype(abs(v.d[0])), N> r;
-  for (int i = 0; i < N; i++) r.d[i] = abs(v.d[i]);
-  return r;
-}
 template <class A, class B, class V = vec_both<A, B>>
 MSL_AI V select(A a, B b, vec<bool, vec_traits<V>::n> c) {
   V r = a, s = b;

@@ -74,8 +74,8 @@ MSL_AI void simdgroup_multiply_accumulate(thread simdgroup_matrix<D>& d, thread 
   if (msl_arrive(MSL_SIMD_OP, line_, "simdgroup_multiply_accumulate")) {
     if (s->n_lanes != 32) msl_fail(line_, "a simdgroup_matrix needs all 32 lanes");
     msl_multiply(s->mat[p][0]);
+    msl_next();
   }
-  msl_next();
   for (uint i = 0; i < 2; i++) d.e.d[i] = (D)s->mat[p][3][at + i];
 }
 template <class D, class A, class B>

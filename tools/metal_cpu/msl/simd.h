@@ -8,8 +8,9 @@
 #include "state.h"
 
 extern "C" {
-bool msl_arrive(uint op, uint line, const __constant char* name); // true: the round is complete
-void msl_next();                                // runs the next lane; returns when it is our turn
+// True in the last lane to arrive, which then calls msl_next; false in the others, after that.
+bool msl_arrive(uint op, uint line, const __constant char* name);
+void msl_next();
 void msl_barrier(uint flags, uint line);
 void msl_simd_barrier(uint flags, uint line);
 device void* msl_array(uint id, uint size, uint align, uint line, const __constant char* name);
@@ -50,8 +51,7 @@ template <class T> MSL_AI msl_shown<T> msl_show(T v, uint line, const __constant
   device msl_state* s = msl_worker();
   msl_shown<T> all = {s, s->parity};
   *(device T*)&s->slot[all.p][msl_lane()][0] = v;
-  msl_arrive(MSL_SIMD_OP, line, name);
-  msl_next();
+  if (msl_arrive(MSL_SIMD_OP, line, name)) msl_next();
   return all;
 }
 
@@ -67,8 +67,8 @@ template <class T> MSL_AI msl_shown<T> msl_show(T v, uint line, const __constant
         a = T(expr);                                                                \
       }                                                                             \
       *(device T*)&s->result[all.p][0] = a;                                         \
+      msl_next();                                                                   \
     }                                                                               \
-    msl_next();                                                                     \
     return *(device T*)&s->result[all.p][0];                                        \
   }                                                                                 \
   template <class T, int N, int... I> MSL_AI vec<T, sizeof...(I)> name(swz<T, N, I...> v, MSL_AT) { \

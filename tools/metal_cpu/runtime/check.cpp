@@ -210,10 +210,8 @@ static void check_byte(const Access& a, Cell& c, int space, uint32_t byte) {
   uint32_t w_epoch = in_group && c.w_epoch < first ? 0 : c.w_epoch;
   uint32_t r_epoch = in_group && c.r_epoch < first ? 0 : c.r_epoch;
   if (w_epoch == 0) {
-    if (!a.write) {
-      msl_report* r = a.write && !a.atomic ? nullptr : find(w, UNINITIALISED, a.pc, a.buffer, a.write);
-      if (r) r->offset = a.offset + byte, r->size = a.size;
-    }
+    msl_report* r = a.write ? nullptr : find(w, UNINITIALISED, a.pc, a.buffer, false);
+    if (r) r->offset = a.offset + byte, r->size = a.size;
   } else if (w_epoch != HOST && w_epoch < first) {
     if (!(a.atomic && (c.w_thread & ATOMIC))) report_race(a, c, RACE_BETWEEN_GROUPS, true, byte);
   } else if (w_epoch == now && !ordered(a, c.w_thread, c.w_simd, simd)) {
@@ -420,6 +418,13 @@ void __ubsan_handle_local_out_of_bounds_abort() {
 struct TypeData { Place place; const Type* type; };
 void __ubsan_handle_divrem_overflow_abort(TypeData* d, uint64_t, uint64_t) {
   strcpy(undefined(d->place, ARITHMETIC)->text, "division by zero, or a quotient out of range");
+  stop(worker());
+}
+struct CastData { Place place; const Type *from, *to; };
+void __ubsan_handle_float_cast_overflow_abort(CastData* d, uint64_t) {
+  msl_report* r = undefined(d->place, OUT_OF_RANGE);
+  r->pc = (uint64_t)HERE - 1 - library;
+  strncpy(r->text, d->to->name, 95);
   stop(worker());
 }
 struct MismatchData { Place place; const Type* type; uint8_t log_align, kind; };

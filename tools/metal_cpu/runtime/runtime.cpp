@@ -142,12 +142,17 @@ static void end_round(Worker* w) {
   }
 }
 
+// Blocks the lane. The last lane of the round gets true: it does what is done once, then calls
+// msl_next to let the others go on. They get false, after that.
 extern "C" bool msl_arrive(uint32_t op, uint32_t line, const char* name) {
   Worker* w = worker();
   uint32_t t = thread_index();
   w->site[t] = op << 24 | line;
   w->name[t] = name;
-  if (w->s.pos + 1 < w->s.n_round) return false;
+  if (w->s.pos + 1 < w->s.n_round) {
+    msl_switch(&w->sp[t], w->sp[32 * w->s.sg + w->order[++w->s.pos]]);
+    return false;
+  }
   end_round(w);
   return true;
 }
@@ -165,7 +170,8 @@ extern "C" void msl_next() {
 
 extern "C" void msl_barrier(uint32_t flags, uint32_t line) {
   Worker* w = worker();
-  if (msl_arrive(MSL_BARRIER, line, "threadgroup_barrier") && w->group_pos == 0) {
+  if (!msl_arrive(MSL_BARRIER, line, "threadgroup_barrier")) return;
+  if (w->group_pos == 0) { // the last simdgroup, too
     if (flags & 1) w->epoch[DEVICE_EPOCH]++;
     if (flags & 2) w->epoch[GROUP_EPOCH]++;
   }
@@ -174,10 +180,9 @@ extern "C" void msl_barrier(uint32_t flags, uint32_t line) {
 
 extern "C" void msl_simd_barrier(uint32_t flags, uint32_t line) {
   Worker* w = worker();
-  if (msl_arrive(MSL_SIMD_BARRIER, line, "simdgroup_barrier")) {
-    if (flags & 1) w->simd_epoch[DEVICE_EPOCH][w->s.sg]++;
-    if (flags & 2) w->simd_epoch[GROUP_EPOCH][w->s.sg]++;
-  }
+  if (!msl_arrive(MSL_SIMD_BARRIER, line, "simdgroup_barrier")) return;
+  if (flags & 1) w->simd_epoch[DEVICE_EPOCH][w->s.sg]++;
+  if (flags & 2) w->simd_epoch[GROUP_EPOCH][w->s.sg]++;
   msl_next();
 }
 
@@ -322,7 +327,8 @@ static void run_group(Worker* w, uint64_t number) {
 }
 
 void prepare_worker(Worker* w, msl_launch* l, const uint64_t* bases, uint32_t number) {
-  w->launch = l, w->bases = bases, w->failed = 0;
+  w->launch = l, w->failed = 0;
+  memcpy(w->bases, bases, l->n_buffers * sizeof *bases);
   w->s.check = l->check, w->s.parity = 0;
   w->random = (l->seed + 1) * 0x9e3779b97f4a7c15ull + number * 0xd1b54a32d192ed03ull;
   if (w->perm_seed != l->seed + 1) {

@@ -7,7 +7,7 @@
 enum Kind : uint32_t {
   OUT_OF_BOUNDS = 1, WILD_ACCESS, STACK_OVERFLOW, ARITHMETIC, DIVERGENT, TOO_MUCH_THREADGROUP_MEMORY,
   FAILED_CHECK, PAST_END, RACE, RACE_BETWEEN_GROUPS, UNINITIALISED, WROTE_INPUT, NEVER_WRITTEN, BAD_INDEX,
-  MISALIGNED
+  MISALIGNED, OUT_OF_RANGE
 };
 enum { READ = 0, WRITE = 1 };
 enum { MAX_REPORTS = 64, MAX_BUFFERS = 48 };
@@ -57,7 +57,7 @@ struct Worker {
   const char* name[MSL_MAX_THREADS];
   void* main_sp;
   msl_launch* launch;
-  const uint64_t* bases;
+  uint64_t bases[MAX_BUFFERS];             // here, where check mode expects no buffer
   msl_ids ids;
   const uint8_t* order;        // lanes of this round
   uint8_t partial[32], groups[32];
