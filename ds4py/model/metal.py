@@ -2,7 +2,7 @@
 
 Weights stay in the bytes of the file: the maps that share an input are a tuple of packed matrices.
 What has no kernel is computed by `Reference` with MLX's operations, on the GPU as well; `PLAIN`
-lists it, and the engine's statistics show the list.
+lists it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype
 from ds4py.model.fused import Heads, Residual, Routing, Streams
+from ds4py.model.moe import ExpertSource
 from ds4py.model.reference import Reference
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 Packed = tuple[PackedMatrix, ...]
 
-PLAIN = ("draft",)
-"""Operations that run as plain MLX operations, wholly or in part."""
+PLAIN = ("experts streamed from disk, and their router", "experts while observed", "draft input")
+"""What runs as plain MLX operations, wholly or in part."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,8 @@ class Metal(Reference):
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
         logits, c = self._dense(x, layer.w_in[:1]), self.config
+        if type(layer.experts).prefer is not ExpertSource.prefer:  # it may change the choice
+            return self._route(logits, layer, tokens)
 
         def run(launcher: Launcher) -> object:
             n_chosen, scaling = c.num_experts_per_tok, c.routed_scaling_factor

@@ -14,11 +14,7 @@ import numpy as np
 import pytest
 
 from ds4py import Engine, EngineOptions, SamplingOptions, assets
-from ds4py.config import ModelConfig
 from ds4py.kernels.build import Launcher
-from ds4py.quant.convert import Converter
-from ds4py.quant.recipe import Recipe
-from ds4py.weights.checkpoint import Checkpoint
 from tests.golden import sets
 
 pytest.importorskip("ziglang")
@@ -47,14 +43,10 @@ def engines(path: Path | str, options: EngineOptions | None = None) -> tuple[Eng
     return Engine.open(path, options), Engine.open(path, metal, launcher=Launcher(make))
 
 
-@pytest.fixture(scope="module")
-def two_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model in the default recipe: IQ2_XXS and Q2_K experts, Q8_0 for most else."""
-    source, target = assets.path("models", "tiny"), tmp_path_factory.mktemp("two-bit") / "model"
-    config = ModelConfig.load(source)
-    plan = Recipe.from_dict({}, len(config.layers))
-    Converter(Checkpoint(source, config), target, plan).run()
-    return target
+TWO_BIT = assets.path("models", "tiny")
+"""IQ2_XXS and Q2_K experts, Q8_0 for most else."""
+RELEASED = assets.path("models", "tiny-parent")
+"""FP8, packed FP4 and BF16, as released checkpoints are."""
 
 
 def some_tokens(n: int) -> list[int]:
@@ -67,8 +59,8 @@ def check(logits: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[1] * 6, [6], [5, 1]], ids=["one by one", "together", "both"])
-def test_the_embedded_model(chunks: list[int]) -> None:
-    reference, metal = engines("tiny")
+def test_formats_of_released_checkpoints(chunks: list[int]) -> None:
+    reference, metal = engines(RELEASED)
     check(metal.score(some_tokens(6), chunks), reference.score(some_tokens(6), chunks))
 
 
@@ -80,9 +72,9 @@ def test_the_embedded_model(chunks: list[int]) -> None:
     ],
     ids=["greedy", "drawn"],
 )
-def test_the_two_bit_model_writes_the_same_tokens(two_bit: Path, sampling: SamplingOptions) -> None:
+def test_the_two_bit_model_writes_the_same_tokens(sampling: SamplingOptions) -> None:
     written, logits = [], []
-    for engine in engines(two_bit):
+    for engine in engines(TWO_BIT):
         session = engine.session()
         session.sync(some_tokens(12))
         written.append([token.id for token in session.generate(sampling)])
@@ -95,11 +87,20 @@ def test_the_two_bit_model_writes_the_same_tokens(two_bit: Path, sampling: Sampl
 
 
 @pytest.mark.long
-def test_the_two_bit_model_reads_a_prompt(two_bit: Path) -> None:
+def test_the_two_bit_model_reads_a_prompt() -> None:
     """300 tokens: more than a window, more index rows than are chosen, rows of every ratio."""
-    reference, metal = engines(two_bit)
+    reference, metal = engines(TWO_BIT)
     ids = some_tokens(302)
     check(metal.score(ids, [300, 1, 1]), reference.score(ids, [300, 1, 1]))
+
+
+def test_experts_streamed_from_disk() -> None:
+    """They are computed by plain operations; all around them by shaders."""
+    reference, _ = engines(TWO_BIT)
+    options = EngineOptions(kernels="metal", experts="streamed")
+    metal = Engine.open(TWO_BIT, options, launcher=Launcher(make))
+    ids, chunks = some_tokens(14), [10, 1, 1, 1, 1]
+    check(metal.score(ids, chunks), reference.score(ids, chunks))
 
 
 @pytest.mark.parametrize(
