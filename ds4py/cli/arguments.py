@@ -84,6 +84,9 @@ ThinkFirst = Annotated[
     bool, typer.Option("--think/--no-think", help="Reason first where a request does not say.")
 ]
 StrictModel = Annotated[bool, typer.Option("--strict-model", help="Refuse names of other models.")]
+TraceFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Write down every prompt and answer, as JSON.")
+]
 Lenient = Annotated[
     bool, typer.Option("--lenient", help="Ignore unknown fields instead of refusing them.")
 ]

@@ -43,6 +43,7 @@ from ds4py.cli.arguments import (
     ThinkMax,
     TopK,
     TopP,
+    TraceFile,
     UnixSocket,
 )
 from ds4py.cli.cache import cache
@@ -211,6 +212,7 @@ def serve(
     think: ThinkFirst = True,
     strict_model: StrictModel = False,
     lenient: Lenient = False,
+    trace: TraceFile = None,
     allow_origin: Origins = None,
     max_body: MaxBody = "64MB",
     kv_memory: KvMemory = None,
@@ -245,6 +247,7 @@ def serve(
         thinking=think,
         strict_model=strict_model,
         lenient=lenient,
+        trace=trace,
         origins=tuple(allow_origin or ()),
         max_body=max_body,
         kv_memory=kv_memory,

@@ -39,6 +39,7 @@ class ServeOptions:
     thinking: bool
     strict_model: bool
     lenient: bool
+    trace: str | None
     origins: tuple[str, ...]
     max_body: str
     kv_memory: str | None
@@ -68,6 +69,7 @@ def run(settings: Settings, options: ServeOptions) -> int:
         check_host=local,
         strict_model=options.strict_model,
         lenient=options.lenient,
+        trace=_trace_file(options.trace),
         origins=options.origins,
         thinking=options.thinking,
         max_body=parse_size(options.max_body),
@@ -90,6 +92,18 @@ def run(settings: Settings, options: ServeOptions) -> int:
 
         listen.run(worker, rules, listeners, options.grace_s, ready)
     return 0
+
+
+def _trace_file(option: str | None) -> Path | None:
+    """`--trace`, a file that can be written. Raises OptionsError."""
+    if option is None:
+        return None
+    path = Path(option).expanduser()
+    try:
+        path.touch(mode=0o600)
+    except OSError as error:
+        raise OptionsError(f"--trace cannot write {path}: {error.strerror}") from error
+    return path
 
 
 def _opener(settings: Settings, options: ServeOptions) -> "Opener":

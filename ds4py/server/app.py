@@ -38,7 +38,8 @@ from ds4py.server.prompt import PromptWriter
 from ds4py.server.replay import Replays
 from ds4py.server.respond import Bridge, Exchange, Inbox, Pace, Stream, Whole, to_json
 from ds4py.server.tokens import DetokenizeBody, TokenizeBody, detokenized, tokenized
-from ds4py.server.worker import Worker
+from ds4py.server.trace import Trace
+from ds4py.server.worker import Job, Worker
 
 log = logging.getLogger("ds4.server")
 AnyBody = TypeVar("AnyBody", bound=bodies.Body)
@@ -74,6 +75,8 @@ class Rules:
     body_s: float = 60.0
     """How long a body may take to arrive."""
     pace: Pace = field(default_factory=Pace)
+    trace: Path | None = None
+    """A file for every prompt and answer; None: they are written nowhere."""
     state: Path | None = None
     """A directory for what outlives the server; None: nothing does."""
 
@@ -87,6 +90,7 @@ class Service:
         self.created = int(time.time())
         self.kept = Kept()
         self.replays = Replays(rules.state)
+        self.trace = None if rules.trace is None else Trace(rules.trace)
         self._writer: PromptWriter | None = None
         self._bridge: Bridge | None = None
 
@@ -119,18 +123,31 @@ class Service:
                 code="model_not_found",
             )
 
-    async def answer(self, make: Callable[[], Exchange]) -> Response:
+    async def answer(self, request: HttpRequest, make: Callable[[], Exchange]) -> Response:
         """Run an exchange. It is made on a thread: writing a long prompt takes a while."""
         exchange = await asyncio.to_thread(make)
         if self._bridge is None:
             self._bridge = Bridge()
         inbox = Inbox(self.worker, exchange.requests, self._bridge)
         kind = Stream if exchange.streaming else Whole
-        return kind(exchange, inbox, self.rules.pace, self.record)
+        trace, tokenizer = self.trace, self.writer.tokenizer
+
+        def over(jobs: list[Job]) -> None:
+            if trace is not None:
+                for job in jobs:
+                    trace.write(job, request.scope[REQUEST_ID], tokenizer)
+
+        return kind(exchange, inbox, self.rules.pace, self.record, over)
 
     def record(self, ids: list[str], turn: Turn) -> None:
         """Keep what the model wrote for when its calls come back."""
         self.replays.put(ids, turn, self.writer.tokenizer)
+
+    def close(self) -> None:
+        """No request will come any more."""
+        self.replays.close()
+        if self.trace is not None:
+            self.trace.close()
 
 
 async def read_body(request: HttpRequest, model: type[AnyBody]) -> AnyBody:
@@ -164,7 +181,7 @@ async def chat_completions(request: HttpRequest) -> Response:
     body = await read_body(request, ChatBody)
     writer = service.writer
     service.check_model(body.model)
-    return await service.answer(lambda: ChatExchange(body, writer, service.rules.thinking))
+    return await service.answer(request, lambda: ChatExchange(body, writer, service.rules.thinking))
 
 
 async def completions(request: HttpRequest) -> Response:
@@ -172,7 +189,7 @@ async def completions(request: HttpRequest) -> Response:
     body = await read_body(request, CompletionBody)
     writer = service.writer
     service.check_model(body.model)
-    return await service.answer(lambda: CompletionExchange(body, writer))
+    return await service.answer(request, lambda: CompletionExchange(body, writer))
 
 
 async def responses(request: HttpRequest) -> Response:
@@ -180,7 +197,9 @@ async def responses(request: HttpRequest) -> Response:
     body = await read_body(request, ResponsesBody)
     writer, thinks = service.writer, service.rules.thinking
     service.check_model(body.model)
-    return await service.answer(lambda: ResponsesExchange(body, writer, service.kept, thinks))
+    return await service.answer(
+        request, lambda: ResponsesExchange(body, writer, service.kept, thinks)
+    )
 
 
 async def messages(request: HttpRequest) -> Response:
@@ -188,7 +207,7 @@ async def messages(request: HttpRequest) -> Response:
     body = await read_body(request, MessagesBody)
     writer = service.writer
     service.check_model(body.model)
-    return await service.answer(lambda: MessagesExchange(body, writer))
+    return await service.answer(request, lambda: MessagesExchange(body, writer))
 
 
 async def count_tokens(request: HttpRequest) -> Response:

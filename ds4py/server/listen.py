@@ -173,7 +173,7 @@ def run(
     try:
         asyncio.run(_serve(worker, _Server(config), listeners, grace_s, announce))
     finally:
-        service.replays.close()
+        service.close()
 
 
 async def _serve(

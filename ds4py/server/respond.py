@@ -32,6 +32,8 @@ MOST_AT_ONCE = 64
 
 Record = Callable[[list[str], Turn], None]
 """Keeps a turn under the ids of its calls."""
+Over = Callable[[list[Job]], None]
+"""Called when an exchange has ended, however it did."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,12 @@ class Inbox:
 class Answering(Response):
     """What both kinds of answer do: run the exchange, keep its turns, notice a lost client."""
 
-    def __init__(self, exchange: Exchange, inbox: Inbox, pace: Pace, record: Record) -> None:
+    def __init__(
+        self, exchange: Exchange, inbox: Inbox, pace: Pace, record: Record, over: Over
+    ) -> None:
         super().__init__()
         self._exchange, self._inbox = exchange, inbox
-        self._pace, self._record = pace, record
+        self._pace, self._record, self._over = pace, record, over
         self._answers = [Answer() for _ in exchange.requests]
         del self.headers["content-length"]
 
@@ -210,6 +214,7 @@ class Answering(Response):
         finally:
             self._inbox.close()
             watcher.cancel()
+            self._over(self._inbox.jobs)
 
     async def _run(self, send: Send) -> None:
         raise AssertionError("each kind has its own")
@@ -235,8 +240,10 @@ class Answering(Response):
 class Stream(Answering):
     """Server-sent events, as they come."""
 
-    def __init__(self, exchange: Exchange, inbox: Inbox, pace: Pace, record: Record) -> None:
-        super().__init__(exchange, inbox, pace, record)
+    def __init__(
+        self, exchange: Exchange, inbox: Inbox, pace: Pace, record: Record, over: Over
+    ) -> None:
+        super().__init__(exchange, inbox, pace, record, over)
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"

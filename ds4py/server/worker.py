@@ -30,6 +30,8 @@ MAX_RESERVED = 4096
 
 SLICE = 128
 """Prompt tokens read at a time while answers are running."""
+SHARED = 64
+"""Tokens that two prompts must have in common for one to wait while the other is read."""
 MAX_BACKLOG = 4096
 """Events a client may be behind before its answer waits for it."""
 
@@ -195,9 +197,9 @@ class Worker:
         assert self.engine.tokenizer is not None
         while len(self._active) < self._slots and perf_counter() >= self._retry_at:
             with self._wake:
-                if not self._queue:
-                    return
-                job = self._queue[0]
+                job = next((job for job in self._queue if not self._is_being_read(job)), None)
+            if job is None:
+                return
             prompt = self._scheduler.respell(job.request.prompt)
             answer = min(job.request.sampling.max_tokens or MAX_RESERVED, MAX_RESERVED)
             error: Exception | None = None
@@ -219,6 +221,21 @@ class Worker:
             self._active.append(job)
             job.generation = Generation(job.request, prompt, self.engine.tokenizer)
             self._take_stock()
+
+    def _is_being_read(self, job: Job) -> bool:
+        """Whether another request is reading the beginning of the same prompt just now.
+
+        Waiting for it costs nothing: what it has read is then there for both. So several answers
+        to one prompt (`n`), or a request that is sent again, read it once.
+        """
+        wanted = job.request.prompt
+        return any(
+            other.tokens is None
+            and other.generation is not None
+            and other.generation.prompt[:SHARED] == wanted[:SHARED]
+            and len(wanted) > SHARED
+            for other in self._active
+        )
 
     def _turn(self) -> None:
         """One slice of one prompt, if it is time for one, and one token for every answer."""

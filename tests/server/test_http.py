@@ -280,3 +280,22 @@ def test_a_signal_ends_streams_properly(tmp_path: Path, number: signal.Signals) 
     assert "shutting down" in last["error"]["message"]
     assert wait(served) == 0
     assert not Path(served.uds).exists()
+
+
+def test_texts_are_written_to_the_trace_and_nowhere_else(tmp_path: Path) -> None:
+    secret = "Tom hid 472 shells."
+    trace, places = tmp_path / "trace", [tmp_path / "plain", tmp_path / "traced"]
+    for place, options in zip(places, ([], ["--trace", str(trace)]), strict=True):
+        place.mkdir()
+        served = start(place, "--kv-dir", "none", *options)
+        body = {**HELLO, "messages": [{"role": "user", "content": secret}]}
+        with served.http() as http:
+            assert http.post(CHAT, json=body).is_success
+            assert http.post(CHAT, json={**body, "nonsense": secret}).status_code == 400
+        served.process.terminate()
+        _, said = served.process.communicate(timeout=60)
+        assert secret not in said and list(place.iterdir()) == []
+    (line,) = trace.read_text(encoding="utf-8").splitlines()
+    found = json.loads(line)
+    assert secret in found["prompt"] and found["completion_tokens"] == 2
+    assert stat.S_IMODE(trace.stat().st_mode) == 0o600
