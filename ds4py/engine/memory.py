@@ -265,7 +265,7 @@ def scratch_bytes(config: ModelConfig, n: Numerics, context: int) -> int:
     if not build.metal_available():
         keys = c.sliding_window + seen
         attention = s * keys * (3 * c.num_attention_heads + 2 * c.head_dim)
-        index = s * scored * (3 * c.index_n_heads + 4)
+        index = s * scored * (4 * c.index_n_heads + 4)
     step = streams + queries + max(attention, index, pairs)
     expert = 3 * c.hidden_size * c.moe_intermediate_size
     logits = 4 * c.vocab_size
