@@ -32,10 +32,11 @@ from ds4py.experts.section import STAGING, Section
 from ds4py.experts.swaps import BoundedSwaps
 from ds4py.formats.bundle import LayerRecords
 from ds4py.kernels import moe
+from ds4py.kernels.formats import ExpertRecords
 from ds4py.kernels.ops import Array, Ops, PackedWeight
 from ds4py.model.block import Block
 from ds4py.model.fused import Streams
-from ds4py.model.moe import ExpertSource, ResidentExperts
+from ds4py.model.moe import ExpertSource, MoE, ResidentExperts
 
 SURE = 4
 """Read a whole layer ahead when a chunk chooses this many times as often as there are experts."""
@@ -87,13 +88,16 @@ class StreamedExperts(ExpertSource):
         """Seconds each decoding step waited for reads."""
         self._section: dict[int, Section] = {}
         self._maps: dict[int, tuple[PackedWeight, PackedWeight]] = {}
+        self._located: dict[int, ExpertRecords] = {}
         self._tables: dict[int, Ids] = {}  # of hash-routed layers: [vocab, k]
-        self._routers: dict[int, Callable[[Array], Array]] = {}
-        self._tokens: Ids = np.zeros(0, np.int32)
+        self._routers: dict[int, Callable[[Array, Array], Array]] = {}
+        self._step: Array = None  # token ids [S] of the running step
+        self._tokens: Ids = np.zeros(0, np.int32)  # the same on the host
         self._last, self._now, self._stalled = True, 0, 0.0
         self._swaps = BoundedSwaps(options.swap)
+        self.prefers = options.swap > 0
         self._displaced: list[Key] = []  # by the running layer's swaps
-        self._unread: Array | None = None  # a layer's result that may still read its slots
+        self._unread: Array | None = None  # streams that need all computed so far
         self._foreseen: Array | None = None
         self._decoding = True
 
@@ -122,7 +126,8 @@ class StreamedExperts(ExpertSource):
                     mx.eval(ffn.tid2eid)  # looked up on the host from here on
                 self._tables[ffn.index] = np.asarray(ffn.tid2eid)
             elif self.options.prefetch == "router":
-                self._routers[ffn.index] = partial(_predict, block)
+                plain = replace(ffn, experts=ResidentExperts(self.ops, 0.0))
+                self._routers[ffn.index] = partial(_predict, block, plain)
 
     def close(self) -> None:
         """Stop reading. Called by itself at the end of the object's life."""
@@ -134,7 +139,7 @@ class StreamedExperts(ExpertSource):
         super().begin(tokens, last)
         if self._now and self._decoding:
             self.stalls.append(self._stalled)
-        self._stalled, self._foreseen = 0.0, None
+        self._stalled, self._foreseen, self._step = 0.0, None, tokens
         self._now += 1
         self._last, self._decoding = last, tokens.shape[0] <= DECODE_ROWS
         with self._recovering():
@@ -157,13 +162,18 @@ class StreamedExperts(ExpertSource):
             first = min(self._tables)
             self._section[first].stage(first, np.unique(self._tables[first][tokens]).tolist())
 
+    def end(self, streams: Array) -> None:
+        if self.ops.lazy:
+            self._unread = streams
+
     def foresee(self, layer: int, streams: Array) -> None:
+        self.end(streams)  # they need all that the layers before computed
         router = self._routers.get(layer + 1)
         if router is not None and self._decoding:
-            self._foreseen = router(streams)
+            self._foreseen = router(streams, self._step)
 
     def prefer(self, layer: int, score: Array, bias: Array, ids: Array) -> Array:
-        if not self.options.swap or len(ids) > 1:
+        if not self.prefers or len(ids) > 1:
             return ids
         if self.ops.lazy:
             mx.eval(score, ids)  # swaps depend on what is in memory, which only the host knows
@@ -219,10 +229,29 @@ class StreamedExperts(ExpertSource):
 
     def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:
         with self._recovering():
-            chosen = self._to_host(ids)
-            y = self._compute(layer, chosen, x, ids, weight)
-        self._unread = y if self.ops.lazy else None
-        return y
+            return self._compute(layer, self._to_host(ids), x, ids, weight)
+
+    def place(self, layer: int, ids: Array) -> tuple[ExpertRecords, Array] | None:
+        if self.observe is not None or ids.shape[0] > DECODE_ROWS:
+            return None
+        with self._recovering():
+            chosen, section = self._to_host(ids), self._section[layer]
+            experts = np.unique(chosen).tolist()
+            if len(experts) > section.residency.minimum:
+                return None
+            if self.trace is not None:
+                self.trace.chosen(layer, ids)
+            stalled = section.stall_s
+            placed = section.place(layer, experts, self._now, None)
+            ahead = partial(self._look_ahead, section, layer + 1, True)
+            for _ in section.batches(layer, placed, ahead):
+                pass  # until all are there
+            self._stalled += section.stall_s - stalled
+        slots = np.zeros(self.config.n_routed_experts, np.int32)
+        slots[experts] = [placed.slots[expert] for expert in experts]
+        if layer not in self._located:
+            self._located[layer] = ExpertRecords.of(*self._maps[layer])
+        return self._located[layer], self.ops.array(slots[chosen])
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
@@ -235,7 +264,7 @@ class StreamedExperts(ExpertSource):
             raise
 
     def _to_host(self, ids: Array) -> Ids:
-        """The chosen ids [S, k], and with them the end of what read the layer before's slots."""
+        """The chosen ids [S, k]; and whatever read the slots of the layers before is through."""
         if self.ops.lazy:
             waiting = [a for a in (ids, self._foreseen, self._unread) if a is not None]
             mx.eval(waiting)  # what is read from disk depends on it
@@ -330,11 +359,10 @@ class StreamedExperts(ExpertSource):
         return range(n_experts) if n_chosen >= SURE * n_experts else ()
 
 
-def _predict(block: Block, streams: Array) -> Array:
+def _predict(block: Block, router: MoE, streams: Array, tokens: Array) -> Array:
     """What a layer's router would choose if its attention changed nothing: ids [S, k]."""
     x, _ = block.fused.enter(Streams(streams), block.hc_ffn, block.ffn_norm)
-    plain = replace(block.ffn, experts=ResidentExperts(block.fused.ops, 0.0))
-    return block.fused.route(x, plain, x).ids
+    return block.fused.route(x, router, tokens).ids
 
 
 def _region(ops: Ops, n_slots: int, record_bytes: int) -> tuple[Array, memoryview]:

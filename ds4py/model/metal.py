@@ -25,7 +25,6 @@ from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype
 from ds4py.model.fused import Heads, Residual, Routing, Streams
-from ds4py.model.moe import ExpertSource
 from ds4py.model.reference import Reference
 
 if TYPE_CHECKING:
@@ -294,7 +293,7 @@ class Metal(Reference):
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
         logits, c = self._dense(x, layer.w_in[:1]), self.config
-        if type(layer.experts).prefer is not ExpertSource.prefer:  # it may change the choice
+        if layer.experts.prefers and layer.bias is not None:
             return self._route(logits, layer, tokens)
 
         def run(launcher: Launcher) -> object:

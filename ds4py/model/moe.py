@@ -45,6 +45,13 @@ class ExpertSource(ABC):
         """The streams [S, H, D] that enter `layer`'s feed-forward: a hint for the next layer."""
         return
 
+    def end(self, streams: Array) -> None:
+        """The streams after the last layer: once they are computed, nothing of the step is left."""
+        return
+
+    prefers = False
+    """Whether `prefer` may say something else than the router."""
+
     def prefer(self, layer: int, score: Array, bias: Array, ids: Array) -> Array:
         """A last word on the router's choice ids [S, k], made from score [S, E] + bias [E]."""
         return ids

@@ -57,5 +57,6 @@ class DraftLayer:
         tokens = self.ops.array(next_tokens)
         z = self.fused.draft(self, streams, tokens)
         z, deltas = self.block(z, tokens, StepPlans([plan]), self.hc_head)
+        self.block.ffn.experts.end(z.values)
         logits = self.fused.head(z, self.hc_head, self.norm, self.head)
         return logits, Delta(n_tokens, deltas, z.values)

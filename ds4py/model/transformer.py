@@ -79,6 +79,7 @@ class Transformer:
         for block, reader in zip(self.blocks, readers[1:], strict=True):
             streams, deltas = block(streams, tokens, plans, reader)
             added.append(deltas)
+        self.experts.end(streams.values)
         logits = self._logits(streams, n_tokens if n_logits is None else n_logits)
         made = zip(sequences, zip(*added, strict=True), plans.rows, strict=True)
         return logits, [Delta(n, list(layers), streams.values[at]) for (_, n), layers, at in made]

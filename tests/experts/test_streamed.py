@@ -68,6 +68,35 @@ def test_mlx_too(bundle: Path) -> None:
         np.testing.assert_array_equal(engine.score(IDS[:20], chunks), expected)
 
 
+@pytest.mark.shader
+@pytest.mark.long
+def test_kernels_read_experts_by_slot(bundle: Path) -> None:
+    """On the Metal kernels, run on this CPU: steps and a chunk too large for the slots."""
+    pytest.importorskip("ziglang")
+    from ds4py import Engine, EngineOptions
+    from ds4py.experts.options import StreamingOptions
+    from ds4py.kernels.build import Launcher
+    from tests.metal.test_model import make
+
+    def score(experts: str, **streaming: Any) -> Any:
+        options = EngineOptions(
+            kernels="metal",
+            experts=experts,
+            context=512,
+            streaming=StreamingOptions(readers=2, **streaming),
+        )
+        engine = Engine.open(bundle, options, launcher=Launcher(make))
+        return engine.score(IDS[:14], [10, 1, 2, 1])
+
+    expected = score("resident")
+    for slots, prefetch in ((LEAST, "hash"), (40, "router")):
+        found = score("streamed", slots=slots, prefetch=prefetch)
+        # The chunk's experts are summed by plain operations, the steps' by the kernels.
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+    exact = score("streamed", slots=96)
+    np.testing.assert_allclose(exact, expected, atol=2e-3)
+
+
 def test_records_of_two_sizes(tmp_path: Path) -> None:
     bundle = models.make(tmp_path, models.TWO_SIZES)
     expected = resident(bundle).score(IDS, CHUNKS)
