@@ -10,6 +10,7 @@ from ds4py.cache import rows as stored
 from ds4py.kernels import attend, rope
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
+from tests.kernels.near import traffic
 from tests.kernels.shaders import DTYPES, LATER, caught, close, host, launcher
 from tests.kernels.test_heads import FLASH, FREQS, ODD, TINY, Size, layer, normal
 
@@ -187,3 +188,17 @@ def test_attention_planted(kernel: str, change: tuple[str, str]) -> None:
             np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
 
     caught(check, {kernel: change})
+
+
+@LATER
+def test_flash_reads_the_chosen_rows_and_no_others() -> None:
+    """Each row once for every 16 heads; what the parts hand over is less than the rows read."""
+    case = Case(FLASH, 1, 4000, 128, 4, 512, mx.bfloat16)
+    found = traffic(case.run, "attend_split")
+    row, groups = case.layout.row_bytes, 64 // 16
+    useful = row - 1  # but for the padding
+    assert found["pooled_rows"].touched + found["new_rows"].touched == 512 * useful
+    assert found["window_rows"].touched + found["delta_rows"].touched == 128 * useful
+    rows = sum(found[name].loaded for name in ("pooled_rows", "new_rows", "window_rows"))
+    assert rows + found["delta_rows"].loaded <= 1.05 * groups * 640 * row
+    assert found["partials"].stored <= groups * 640 * row

@@ -10,6 +10,7 @@ from ds4py.cache import rows as stored
 from ds4py.kernels import index, rounding
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
+from tests.kernels.near import traffic
 from tests.kernels.shaders import DTYPES, LATER, caught, host, launcher, shader_runs
 from tests.kernels.test_heads import FLASH, ODD, TINY, Size, layer, normal
 
@@ -197,3 +198,12 @@ def test_search_planted(kernel: str, change: tuple[str, str]) -> None:
             assert host(case.run(launcher, n_parts))[0].tolist() == np.array(wanted).tolist()
 
     caught(check, {kernel: change})
+
+
+@LATER
+def test_flash_reads_every_row_once() -> None:
+    """But for the scales, one byte of which four lanes read in turn with four words of codes."""
+    case = Case(FLASH, 1, 4 * 2300, 512, mx.bfloat16)
+    found = traffic(case.run, "index_candidates")["index_rows"]
+    assert found.touched == 2300 * LAYOUT.row_bytes
+    assert found.loaded <= 1.2 * found.touched
