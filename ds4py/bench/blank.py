@@ -40,7 +40,7 @@ class Blank:
         n_out, n_in = self._shapes[f"{name}.weight"]
         return StoredMatrix(fmt, _zeros((n_out, row_bytes(fmt, n_in)), np.uint8))
 
-    def packed(self, layer: int) -> PackedLayer:
+    def packed(self, layer: int, mapped: bool = False) -> PackedLayer:
         expert = "layers.0.ffn.experts.0"
         gate, up, down = (self._format_of(f"{expert}.{w}.weight") for w in ("w1", "w3", "w2"))
         layout = layout_of(self.config, (gate, up, down))

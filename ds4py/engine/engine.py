@@ -23,6 +23,7 @@ from ds4py.engine.checkpoints import TURNS_KEPT
 from ds4py.engine.decode import Decoder
 from ds4py.engine.memory import MemoryPlan
 from ds4py.engine.options import EngineOptions
+from ds4py.engine.pacing import Pacer
 from ds4py.engine.session import Session, check_tokens
 from ds4py.errors import InputError, OptionsError, WeightsError
 from ds4py.experts.streamed import StreamedExperts
@@ -101,6 +102,8 @@ class Engine:
         ops, dtype, launcher = build.choose(options.kernels, options.dtype, launcher)
         self.launcher = launcher
         """Runs the Metal kernels; None: plain operations."""
+        self.pacer = Pacer() if build.metal_available() else None
+        """Bounds a chunk's time on a GPU; a CPU has nobody waiting for it."""
         self.tokenizer: Tokenizer | None = files.tokenizer()
         source = files.source(progress)
         rounded = options.trained_rounding

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
@@ -299,14 +300,17 @@ class Session:
         if start in turns:
             self._keep(state.frontier, turn=True)
         while self.position < len(tokens):
-            here = self.position
-            end = min(here - here % chunk + chunk, len(tokens))
+            here, began = self.position, perf_counter()
+            size = self._engine.pacer.chunk(chunk) if self._engine.pacer else chunk
+            end = min(here - here % size + size, len(tokens))
             logits, delta = self._model.step(
                 mx.array(tokens[here:end]), state, int(end == len(tokens))
             )
             inside = [state.after(delta, at - here) for at in turns if here < at < end]
             state.commit(delta, end - here)
             mx.eval(logits, *state.pending())  # bounds the graph to one chunk
+            if self._engine.pacer:
+                self._engine.pacer.took(end - here, perf_counter() - began)
             self._tokens += tokens[here:end]
             self._logits = logits if end == len(tokens) else None
             for frontier in inside:

@@ -67,6 +67,14 @@ class TensorEntry:
             )
         return data.reshape(self.shape)
 
+    def map(self) -> npt.NDArray[Any]:
+        """The same as `read`, with pages of the file as memory; what is written stays private."""
+        storage = np.dtype(STORAGE[self.dtype]).newbyteorder("<")
+        try:
+            return np.memmap(self.file, storage, "c", self.offset, self.shape)
+        except (OSError, ValueError) as exc:
+            raise WeightsError(f"{self.file} cannot be mapped ({exc})") from exc
+
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """All tensors of one file, by name. Raises WeightsError for anything malformed."""

@@ -27,6 +27,8 @@ from ds4py.kernels.ops import Array, Dtype, MlxOps, Ops
 
 MLX_VERSION = metadata.version("mlx")
 KERNELS = ("auto", "metal", "reference")
+PAGE_BYTES = 16384
+"""Of Apple Silicon."""
 SMALL = 8
 """MLX hands inputs with fewer elements to a kernel in the `constant` address space."""
 
@@ -245,7 +247,17 @@ def metal_launcher() -> Launcher:
             f"(MLX {MLX_VERSION} on {platform.system()}); use 'reference', or 'auto', which "
             "takes Metal where it is"
         )
-    return Launcher(finish=mx.eval)
+    return Launcher(finish=mx.eval, adopt=adopt)
+
+
+def adopt(host: npt.NDArray[Any]) -> mx.array:
+    """Host memory as a GPU's, without a copy where it is whole pages, as a bundle's records are."""
+    if host.ctypes.data % PAGE_BYTES or host.nbytes % PAGE_BYTES or not host.flags.c_contiguous:
+        return mx.array(host)
+    try:
+        return mx.asarray(host, copy=False)
+    except (RuntimeError, ValueError):  # MLX's CPU back end adopts nothing
+        return mx.array(host)
 
 
 class Choice(NamedTuple):

@@ -87,11 +87,11 @@ class Bundle(Checkpoint):
             raise not_finite(self.entries[f"{name}.weight"].file, f"{name}.weight")
         return rows
 
-    def packed(self, layer: int) -> PackedLayer:
-        """One layer's records, read into memory."""
+    def packed(self, layer: int, mapped: bool = False) -> PackedLayer:
+        """One layer's records, read into memory or mapped."""
         formats = self._layer_formats(layer)
         entry, layout = self._records[layer], layout_of(self.config, formats)
-        data = entry.read()
+        data = entry.map() if mapped else entry.read()
         for where, fmt in zip(layout.slices(), formats, strict=True):
             for expert, record in enumerate(data):
                 if not are_finite(fmt, record[where]):

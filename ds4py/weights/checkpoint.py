@@ -79,7 +79,7 @@ class Checkpoint:
             return StoredMatrix(FP8, fp_blocks.fp8_rows(data, exponents))
         return StoredMatrix("MXFP4", mxfp4_from_fp4(data, exponents))
 
-    def packed(self, layer: int) -> PackedLayer | None:
+    def packed(self, layer: int, mapped: bool = False) -> PackedLayer | None:
         """A checkpoint has no records."""
         return None
 

@@ -257,7 +257,7 @@ class GGUFCheckpoint:
                 raise part.not_finite()
         return values
 
-    def packed(self, layer: int) -> PackedLayer | None:
+    def packed(self, layer: int, mapped: bool = False) -> PackedLayer | None:
         """One layer's experts as records of blocks, None where they are plain numbers.
 
         layer: its number, draft layers behind those of the main model. Raises WeightsError.

@@ -203,7 +203,7 @@ class Loader:
         )
 
     def _experts(self, layer: int, prefix: str) -> tuple[ExpertWeight, ExpertWeight]:
-        packed = self.checkpoint.packed(layer)
+        packed = self.checkpoint.packed(layer, mapped=self.launcher is not None)
         if packed is not None:
             return self._packed_experts(packed)
         if self.launcher is not None:

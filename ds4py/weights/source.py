@@ -99,8 +99,9 @@ class Source(Protocol):
         """`name`.weight as it lies in the file, FP8 and FP4 with their scales in the rows."""
         ...
 
-    def packed(self, layer: int) -> PackedLayer | None:
-        """One layer's experts as records of blocks, where the file has blocks."""
+    def packed(self, layer: int, mapped: bool = False) -> PackedLayer | None:
+        """One layer's experts as records of blocks, where the file has blocks. mapped: the file's
+        own pages, where it has whole records."""
         ...
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:

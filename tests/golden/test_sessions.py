@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ds4py import Engine, EngineOptions, SamplingOptions, Session
+from ds4py.engine.pacing import Pacer
 from ds4py.errors import InputError, OptionsError, PromptError
 from tests.golden.sets import DATA, load
 
@@ -37,6 +38,20 @@ def test_chunks_of_any_size_agree(engine: Engine, ids: list[int]) -> None:
     whole = engine.score(ids)
     for chunks in ([126, *[1] * 8, 166], [5, 7, 64, 129, 1, 2, 92], [127, 1, 1, 127, 44]):
         np.testing.assert_array_equal(engine.score(ids, chunks), whole)
+
+
+def test_a_paced_session_reads_the_same(ids: list[int]) -> None:
+    """However short its chunks must be, and whatever it was asked for."""
+    engine = Engine.open(SET, EngineOptions(prefill_chunk=128))
+    plain = engine.session()
+    plain.sync(ids)
+    engine.pacer = Pacer(limit_s=1e-9)
+    paced = engine.session()
+    chunks: list[int] = []
+    paced.sync(ids, lambda stage, done, total: chunks.append(done))
+    assert chunks[:3] == [128, 160, 192], "the first one is measured, the others are shortest"
+    np.testing.assert_array_equal(paced.logits(), plain.logits())
+    assert paced.tokens == ids
 
 
 def test_rewind_at_every_phase(host: Engine, ids: list[int]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from ds4py.config import ModelConfig
 from ds4py.formats import fp_blocks
 from ds4py.formats.gguf_blocks import FORMATS, decode
+from ds4py.kernels import build
 from ds4py.quant.convert import Converter
 from ds4py.quant.recipe import Recipe
 from ds4py.weights.bundle import Bundle
@@ -84,3 +85,15 @@ def test_stored_is_matrix(kind: str, tmp_path: Path) -> None:
             formats.add(stored.format)
             np.testing.assert_array_equal(values(stored, matrix.shape[1]), matrix, name)
     assert len(formats) > 1
+
+
+def test_records_can_be_the_files_own_pages(tmp_path: Path) -> None:
+    """Whole pages, so that a GPU can take them without a copy; elsewhere they are copied."""
+    source = bundle(tmp_path)
+    read, mapped = source.packed(1), source.packed(1, mapped=True)
+    assert read is not None and mapped is not None and isinstance(mapped.records, np.memmap)
+    np.testing.assert_array_equal(mapped.records, read.records)
+    assert mapped.records.ctypes.data % 4096 == 0
+    assert mapped.records.nbytes % build.PAGE_BYTES == 0
+    for host in (mapped.records, read.records[:, 1:]):
+        np.testing.assert_array_equal(np.array(build.adopt(host)), host)
