@@ -3,9 +3,11 @@
 //
 // Weights are decoded once per tile and 32 inputs into threadgroup memory as float32, where
 // simdgroup matrices take them; so a prompt is computed from the very numbers that decoding uses,
-// and its results differ from decoding's by the order of float32 sums alone. A float32 matrix
-// instruction has the rate of a float16 one on the GPUs this is for; what doubles is the traffic of
-// threadgroup memory, which a simdgroup's block of BM/2 x 32 keeps below one load per two products.
+// and its results differ from decoding's by the order of float32 sums alone. What float32 costs is
+// twice the traffic of threadgroup memory; a simdgroup's block of BM/2 x 32 results keeps it to
+// three loads of a matrix for every four or more products. Lanes read packed weights word by word
+// and share lines with their neighbours and the next 32 inputs: a tile of weights is small enough
+// for the first cache, and its bytes are used BM times.
 //
 // A row's result depends on the inputs' number alone, not on the rows that are computed with it.
 

@@ -159,53 +159,80 @@ template <int K, int KC, int PIECE, int M> struct piece_cursor {
   }
 };
 
+// Adds to sums[r * NX + s] the products of R weight octets with an octet of each of n_x activation
+// rows, KC values apart; every one in the same order.
+template <int F, int R, int NX, int KC, typename T>
+inline void add_octets(thread const octet* weights, threadgroup const vec<T, 4>* x, int n_x,
+                       thread float* sums) {
+  MLX_MTL_PRAGMA_UNROLL
+  for (int s = 0; s < NX; s++) {
+    if (s >= n_x) break;
+    vec<T, 4> a = x[s * KC / 4], b = x[s * KC / 4 + 1];
+    float4 lo = float4(float(a.x), float(a.y), float(a.z), float(a.w));
+    float4 hi = float4(float(b.x), float(b.y), float(b.z), float(b.w));
+    float4 pairs = lo + hi;
+    float total = has_least(F) ? (pairs.x + pairs.y) + (pairs.z + pairs.w) : 0.0f;
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < R; r++) {
+      float sum = fma(weights[r].scale, octet_dot(weights[r], lo, hi), sums[r * NX + s]);
+      sums[r * NX + s] = has_least(F) ? fma(-weights[r].least, total, sum) : sum;
+    }
+  }
+}
+
+// Activations k0..k1 of n_x rows, rounded to T, KC values of a row apart.
+template <int KC, int NSG, typename T, typename X>
+inline void stage_activations(X x, int n_x, int k0, int k1, threadgroup vec<T, 4>* xs, uint sg,
+                              uint lane) {
+  for (int s = 0; s < n_x; s++) {
+    for (int k = k0 + 4 * int(32 * sg + lane); k < k1; k += 4 * 32 * NSG) {
+      float4 v = x.four(s, k);
+      xs[(s * KC + k - k0) / 4] = vec<T, 4>(T(v.x), T(v.y), T(v.z), T(v.w));
+    }
+  }
+}
+
 // out[(m * NX + s) * TILE + row] = dot(row of matrix m, x's row s) for the `n_rows` rows of the
 // tile (TILE = ROWS * NSG at most) and the first n_x of NX activation rows. All threads of the
 // threadgroup take part; out is complete after the caller's next threadgroup barrier.
 //
-// x.four(s, k) gives activations k..k+3 of row s; they are staged, rounded to T, KC of a row at a
-// time. xs: NX * KC / 4, stage: NSG * STAGE_WORDS, out: M * NX * TILE elements.
+// x.four(s, k) gives activations k..k+3 of row s; KC of a row are staged at a time.
+// xs: NX * KC / 4, stage: NSG * STAGE_WORDS, out: M * NX * TILE elements.
 template <int F, int K, int KC, int NX, int ROWS, int NSG, int M, typename T, typename X>
 inline void tile_dot(weight_rows<M> w, int n_rows, X x, int n_x, threadgroup vec<T, 4>* xs,
                      threadgroup uint* stage, threadgroup const uint2* points,
                      threadgroup float* out, uint sg, uint lane) {
-  constexpr int R = rows_together(F, K, NX, ROWS);
+  constexpr int R = rows_together(F, K, NX, ROWS), PASSES = ROWS / R;
   typedef weight_stream<F, K, KC, R> stream;
   threadgroup uint* own = stage + sg * STAGE_WORDS;
-  stream next;
-  piece_cursor<K, KC, stream::PIECE, M> at = {0, 0, 0, 0};
   int first_row = int(sg) * ROWS;
-  next.fetch(w.words[0], w.size[0], w.start[0], first_row, clamp(n_rows - first_row, 0, R), 0,
-             at.p1(), true, lane);
-  for (int pass = 0; pass < ROWS / R; pass++) {
-    int row = first_row + pass * R;
-    int n = clamp(n_rows - row, 0, R);
-    float sums[M][R][NX];
+  stream incoming;
+  piece_cursor<K, KC, stream::PIECE, M> at = {0, 0, 0, 0};
+  incoming.fetch(w.words[0], w.size[0], w.start[0], first_row, clamp(n_rows - first_row, 0, R), 0,
+                 at.p1(), true, lane);
+  for (int pass = 0; pass < PASSES; pass++) {
+    int row = first_row + pass * R, n = clamp(n_rows - row, 0, R);
+    float sums[M * R * NX];
     MLX_MTL_PRAGMA_UNROLL
-    for (int i = 0; i < M * R * NX; i++) sums[i / (R * NX)][i / NX % R][i % NX] = 0.0f;
+    for (int i = 0; i < M * R * NX; i++) sums[i] = 0.0f;
     for (int c0 = 0; c0 < K; c0 += KC) {
       int c1 = smaller(c0 + KC, K);
       if (KC < K || pass == 0) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (int s = 0; s < n_x; s++) {
-          for (int k = c0 + 4 * int(32 * sg + lane); k < c1; k += 4 * 32 * NSG) {
-            float4 v = x.four(s, k);
-            xs[(s * KC + k - c0) / 4] = vec<T, 4>(T(v.x), T(v.y), T(v.z), T(v.w));
-          }
-        }
+        stage_activations<KC, NSG, T>(x, n_x, c0, c1, xs, sg, lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       MLX_MTL_PRAGMA_UNROLL
       for (int m = 0; m < M; m++) {
         for (int p0 = c0; p0 < c1; p0 += stream::PIECE) {
           int p1 = smaller(p0 + stream::PIECE, c1);
-          next.commit(own, w.start[m], row, n, p0, p1, p0 == c0, lane);
+          incoming.commit(own, w.start[m], row, n, p0, p1, p0 == c0, lane);
           simdgroup_barrier(mem_flags::mem_threadgroup);
           at.next();
-          if (at.pass < ROWS / R) {
+          if (at.pass < PASSES) {
             int to = first_row + at.pass * R;
-            next.fetch(w.words[at.m], w.size[at.m], w.start[at.m], to, clamp(n_rows - to, 0, R),
-                       at.p0, at.p1(), at.p0 == at.c0, lane);
+            incoming.fetch(w.words[at.m], w.size[at.m], w.start[at.m], to,
+                           clamp(n_rows - to, 0, R), at.p0, at.p1(), at.p0 == at.c0, lane);
           }
           for (int unit = p0; n > 0 && unit < p1; unit += 256) {
             int k = unit + 8 * int(lane);
@@ -219,21 +246,7 @@ inline void tile_dot(weight_rows<M> w, int n_rows, X x, int n_x, threadgroup vec
                   uint(unit - (stream::WHOLE ? 0 : c0)) / 128;
               weights[r] = octet_at<F>((threadgroup const uint*)own, values, lane, scales, points);
             }
-            MLX_MTL_PRAGMA_UNROLL
-            for (int s = 0; s < NX; s++) {
-              if (s >= n_x) break;
-              vec<T, 4> a = xs[(s * KC + k - c0) / 4], b = xs[(s * KC + k - c0) / 4 + 1];
-              float4 lo = float4(float(a.x), float(a.y), float(a.z), float(a.w));
-              float4 hi = float4(float(b.x), float(b.y), float(b.z), float(b.w));
-              float total = has_least(F) ? ((lo.x + lo.y) + (lo.z + lo.w)) +
-                      ((hi.x + hi.y) + (hi.z + hi.w))
-                                         : 0.0f;
-              MLX_MTL_PRAGMA_UNROLL
-              for (int r = 0; r < R; r++) {
-                float sum = fma(weights[r].scale, octet_dot(weights[r], lo, hi), sums[m][r][s]);
-                sums[m][r][s] = has_least(F) ? fma(-weights[r].least, total, sum) : sum;
-              }
-            }
+            add_octets<F, R, NX, KC, T>(weights, xs + (k - c0) / 4, n_x, sums + m * R * NX);
           }
           simdgroup_barrier(mem_flags::mem_threadgroup);
         }
@@ -242,7 +255,7 @@ inline void tile_dot(weight_rows<M> w, int n_rows, X x, int n_x, threadgroup vec
     MLX_MTL_PRAGMA_UNROLL
     for (int i = 0; i < M * R * NX; i++) {
       int m = i / (R * NX), r = i / NX % R, s = i % NX;
-      float sum = simd_sum(sums[m][r][s]);
+      float sum = simd_sum(sums[i]);
       if (lane == 0 && r < n && s < n_x) out[(m * NX + s) * (ROWS * NSG) + row + r] = sum;
     }
   }
