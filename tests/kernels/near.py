@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from ds4py.kernels.build import Launcher
-from tests.kernels.shaders import Run, host, shader_runs
+from tests.kernels.shaders import LATER, Run, host, shader_runs
 from tools.metal_cpu import Kernel, Traffic
+
+
+def variants(cases: dict[str, Any], n_now: int) -> pytest.MarkDecorator:
+    """Parametrize `case`: the first `n_now` by name, the others in the long run."""
+    named = [
+        pytest.param(case, id=name, marks=() if i < n_now else LATER)
+        for i, (name, case) in enumerate(cases.items())
+    ]
+    return pytest.mark.parametrize("case", named)
+
+
+def bugs(names: str, planted: Sequence[tuple[str, ...]], n_now: int) -> pytest.MarkDecorator:
+    """Parametrize `names` likewise; what a bug changes is its id."""
+    listed = [
+        pytest.param(*bug, marks=() if i < n_now else LATER) for i, bug in enumerate(planted)
+    ]
+    return pytest.mark.parametrize(names.split(), listed)
 
 
 def compare(found: Any, expected: Any, tolerance: float) -> None:
