@@ -164,7 +164,8 @@ class SequenceState:
     def committed_rows(self, name: str, layer: int) -> Array:
         """One compressor's rows as stored, [capacity, width]; only the first `count(position)` mean
         anything."""
-        return self.rows[name].data[self.slot[name, layer]]
+        data, slot = self.rows[name].data, self.slot[name, layer]
+        return data[slot : slot + 1].reshape(data.shape[1:])  # a view: MLX copies at data[slot]
 
     def commit(self, delta: Delta, n_tokens: int) -> None:
         """Take the first `n_tokens` positions of a delta made at this state's position."""

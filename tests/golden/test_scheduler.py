@@ -5,6 +5,7 @@ Runs on the golden set with V4-Flash's ratios and window. Equality is bit for bi
 
 from collections.abc import Iterator
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -234,3 +235,22 @@ def test_a_reply_in_its_own_spelling_is_found() -> None:
     assert scheduler.respell([7, *prompt]) == [7, *prompt]
     assert scheduler.acquire(scheduler.respell(prompt)) is session
     assert session.sync(scheduler.respell(prompt)) == len(spelled)
+
+
+def test_a_step_copies_no_rows(ids: list[int]) -> None:
+    """What a token takes beside the state does not grow with the room for rows."""
+    lazy = Engine.open(DATA / "flashlike", EngineOptions(kernels="reference", prefill_chunk=64))
+    session = lazy.session()
+    session.sync(ids[:130])
+    rows = session._state.rows["attn4"]
+    room = mx.zeros((rows.data.shape[0], 200_000, rows.data.shape[2]), rows.data.dtype)
+    rows.data = mx.concatenate([rows.data, room], axis=1)
+    mx.eval(rows.data)
+    del room
+    steps = session.generate(SamplingOptions(max_tokens=12, stop_at_eos=False))
+    next(steps)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(8):  # two rows are completed
+        next(steps)
+    assert mx.get_peak_memory() - before < rows.data.nbytes / 8
