@@ -72,7 +72,7 @@ def test_the_engine_around_it(built: Built, tmp_path: Path) -> None:
     """Name, tokenizer, progress, and sessions that know their model."""
     steps: list[tuple[str, int, int]] = []
     engine = Engine.open(built.path, EXACT, lambda *step: steps.append(step))
-    assert engine.name == "model.gguf" and engine.context == 1048576
+    assert engine.name == "model.gguf" and engine.config.max_position_embeddings == 1048576
     assert steps[-1][1] == steps[-1][2] and all(a[1] < b[1] for a, b in pairwise(steps))
     count = len(steps)
     engine.score_mtp(built.ids[:9])  # loads the draft layer, which is not counted
@@ -91,7 +91,7 @@ def test_the_engine_around_it(built: Built, tmp_path: Path) -> None:
 
 
 def test_inspect_tells_what_it_is(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect.run(ModelChoice(str(built.path), None), None) == 0
+    assert inspect.run(ModelChoice(str(built.path), None), None, None) == 0
     said = capsys.readouterr().out
     experts = next(line for line in said.splitlines() if line.startswith("routed experts"))
     # 4 layers of 6 experts of 3 matrices of 256 x 256

@@ -35,7 +35,7 @@ def test_sampling(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("context", 0), ("dtype", "float16"), ("experts", "streamed"), ("prefill_chunk", 0)],
+    [("context", 0), ("dtype", "float16"), ("experts", "elsewhere"), ("prefill_chunk", 0)],
 )
 def test_engine(field: str, value: Any) -> None:
     with pytest.raises(OptionsError, match=field):
