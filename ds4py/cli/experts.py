@@ -33,6 +33,14 @@ Swap = Annotated[
         "changes the answers. Default: 0, exact.",
     ),
 ]
+Prefetch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="Read experts ahead: hash (default), those the token ids tell; router, also those "
+        "the next layer's router guesses; off.",
+    ),
+]
 Trace = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Write which experts every token used, for ds4 bench."),
@@ -74,6 +82,11 @@ def statistics(stats: Mapping[str, Any]) -> str:
         f"waited {stats['stall_ms_p50']:.1f} ms, 95 % of them less than "
         f"{stats['stall_ms_p95']:.1f} ms"
     ]
+    if stats["prefetch"] != "off":
+        useful, late, wasted = (
+            format_size(stats[f"ahead_{name}_bytes"]) for name in ("useful", "late", "wasted")
+        )
+        lines.append(f"ds4: read ahead: {useful} in time, {late} late, {wasted} for nothing")
     if stats["swap"]:
         lines.append(
             f"ds4: {100 * stats['swapped']:.1f} % of the experts swapped for present ones, "
@@ -95,6 +108,7 @@ def bench(
         str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
     ] = None,
     experts: Where = None,
+    prefetch: Prefetch = None,
     disk: Annotated[bool, typer.Option("--disk/--no-disk", help="Measure the disk, too.")] = True,
 ) -> int:
     """Measure streamed experts: reads against the disk's own limit, a run of the model, and what
@@ -105,5 +119,5 @@ def bench(
     from ds4py.cli.bench_experts import run
 
     choice = given.choose_model(model)
-    where = given.ExpertChoice(experts)
+    where = given.ExpertChoice(experts, prefetch=prefetch)
     return run(choice, given.Settings(choice, memory=memory, experts=where), trace, tokens, disk)

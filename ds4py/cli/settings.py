@@ -75,6 +75,7 @@ class ExpertChoice:
     where: str | None = None
     verify: str | None = None
     swap: float | None = None
+    prefetch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,11 @@ class Settings:
 
         return EngineOptions(
             streaming=StreamingOptions(
-                **_given(verify=self.experts.verify, swap=self.experts.swap)
+                **_given(
+                    verify=self.experts.verify,
+                    swap=self.experts.swap,
+                    prefetch=self.experts.prefetch,
+                )
             ),
             **_given(
                 context=self.context,
