@@ -57,6 +57,16 @@ class KernelText:
     body: str
 
 
+def stripped(text: str) -> str:
+    """Without comments, indentation and empty lines.
+
+    MLX copies a kernel's text for every launch, and the graph of a step keeps the copies: of texts
+    as they are written that would be 20 MB, most of the time of building a step.
+    """
+    lines = (re.sub(r"\s*//.*$", "", line).strip() for line in text.splitlines())
+    return "".join(f"{line}\n" for line in lines if line)
+
+
 def parse_kernel(name: str, text: str, include: Callable[[str], str]) -> KernelText:
     """A kernel's text from its file's; `include` reads a file of `metal/include/`.
 
@@ -119,13 +129,14 @@ class Launcher:
         finish: Callable[[list[Array]], Any] | None = None,
         read: Callable[[str], KernelText] = read_kernel,
         adopt: Callable[[npt.NDArray[Any]], mx.array] = mx.array,
+        strip: bool = True,
     ):
         """make: builds a kernel, once per name. finish: waits for the outputs of the first launch
         of every variant, so that a text that does not compile is reported by name instead of in
         the evaluation of a whole step; None: never wait. read: finds a kernel's text. adopt: host
-        memory -> a device array."""
+        memory -> a device array. strip: hand over texts `stripped`, not line by line as written."""
         self._make, self._finish, self._read = make, finish, read
-        self.adopt = adopt
+        self.adopt, self._strip = adopt, strip
         self._kernels: dict[str, Kernel] = {}
         self._tapes: dict[Hashable, list[tuple[str, Kernel, list[Any], dict[str, Any]]]] = {}
         self._tape: list[_Launch] | None = None  # while one is recorded
@@ -227,8 +238,8 @@ class Launcher:
             name=name,
             input_names=list(text.inputs),
             output_names=list(text.outputs),
-            header=text.header,
-            source=text.body,
+            header=stripped(text.header) if self._strip else text.header,
+            source=stripped(text.body) if self._strip else text.body,
             ensure_row_contiguous=False,
         )
         return self._kernels.setdefault(name, kernel)

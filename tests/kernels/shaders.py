@@ -54,7 +54,7 @@ def launcher(mode: str = "fast", seed: int = 0, changes: dict[str, Any] | None =
 
         return call
 
-    return Launcher(make, read=read)
+    return Launcher(make, read=read, strip=False)  # reports name lines as they are written
 
 
 def compare_with_mlx(

@@ -52,6 +52,16 @@ def test_a_missing_kernel_names_its_file() -> None:
         Launcher().launch("no_such_kernel", [], [], SHAPE, SHAPE, [])
 
 
+def test_a_text_is_handed_over_without_its_comments() -> None:
+    written = "  // why\n#define A(x) \\\n    (x / 2)  // half\n\nfloat a = A(4.0f);\n"
+    assert build.stripped(written) == "#define A(x) \\\n(x / 2)\nfloat a = A(4.0f);\n"
+    recorder = Recorder()
+    launch(Launcher(recorder, read=scale))
+    launch(Launcher(recorder, read=scale, strip=False))
+    headers = [names["header"] for names in recorder.built]
+    assert "// outer" not in headers[0] and "// outer" in headers[1]
+
+
 def launch(launcher: Launcher, n: int = 20, dtype: Any = FLOAT) -> Any:
     values, factor = mx.ones((n,), dtype), mx.array([2.0])
     template = (("T", dtype), ("N", n))
