@@ -8,14 +8,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds4py.cli import planned
 from ds4py.cli.model import announce
 from ds4py.cli.settings import ModelChoice, models_directory
 from ds4py.errors import OptionsError
 
 if TYPE_CHECKING:
     from ds4py.config import LayerPlan, ModelConfig
+    from ds4py.hub.manifest import Manifest
     from ds4py.weights.files import ModelFiles
     from ds4py.weights.source import Entry
 
@@ -60,6 +63,9 @@ def run(model: ModelChoice, context: int | None, memory: str | None) -> int:
     if context is not None and context < 1:
         raise OptionsError(f"--context is {context}; give a number of tokens, 1 or more")
     announce(model)
+    absent = _absent(model.name)
+    if absent is not None:
+        return planned.show(absent)
     files = ModelFiles.at(resolve(model.name, models_directory()))
     config = files.config
     if context is not None and context > config.max_position_embeddings:
@@ -75,6 +81,15 @@ def run(model: ModelChoice, context: int | None, memory: str | None) -> int:
     print()
     print("\n".join(table(classes)))
     return 0
+
+
+def _absent(name: str) -> "Manifest | None":
+    """The manifest of a model that is known and not on this machine, if it tells the config."""
+    from ds4py.hub import manifest, place
+
+    known = None if Path(name).exists() else manifest.load(name)
+    here = place.find(name, models_directory()) if known is not None else None
+    return known if known is not None and known.config and here is None else None
 
 
 def classify(tensors: Mapping[str, "Entry"]) -> list[TensorClass]:

@@ -8,6 +8,7 @@ fetched; a manifest may pin some as well.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -35,6 +36,8 @@ class Manifest:
     sha256: dict[str, str] = field(default_factory=dict)
     """Pinned hashes by path."""
     about: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The published config.json: sizes can be told before anything is fetched."""
 
     def wants(self, path: str) -> bool:
         """Whether the file belongs to the model."""

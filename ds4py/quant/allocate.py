@@ -4,8 +4,8 @@ Two scores say what a format costs a projection. AlphaQ's needs no data: maps wh
 heavy tail (a low exponent) are said to have learned more and to need more bits. The other is
 measured: the error that our own encoder leaves. A greedy walk then spends the budget.
 
-Measured on the embedded model neither beat the fixed recipe (models/README.md), which therefore
-stays the default; `tools/measure_recipes.py allocation` repeats the comparison.
+On the embedded model AlphaQ's choice lost more than any random one (models/README.md), so the fixed
+recipe stays the default; `tools/measure_recipes.py allocation` repeats the comparison.
 
 Sources: AlphaQ (Superone77/AlphaQ: tiles, Hill estimator, cost) and its convex costs, for which the
 greedy walk equals their integer programme.

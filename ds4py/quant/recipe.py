@@ -99,8 +99,8 @@ class Recipe:
     @staticmethod
     def from_dict(raw: Any, n_layers: int) -> Recipe:
         """`n_layers`: what "last 6" counts from. Raises InputError."""
-        if not isinstance(raw, dict) or set(raw) - {"name", "formats", "rules"}:
-            raise InputError(f"a recipe has name, formats and rules; this one is {raw!r}")
+        if not isinstance(raw, dict) or set(raw) - {"name", "about", "formats", "rules"}:
+            raise InputError(f"a recipe has name, about, formats and rules; this one is {raw!r}")
         formats = dict(DEFAULT)
         for kind, fmt in dict(raw.get("formats", {})).items():
             if kind not in DEFAULT:

@@ -51,7 +51,7 @@ class Exporter:
         self.slots = slots(self.config)
         if self.source.has_draft:
             self.slots += slots(self.config, draft=True)
-        self.types = {slot.name: self._type(slot) for slot in self.slots}
+        self.types = {slot.name: type_of(slot, self.recipe) for slot in self.slots}
         self._check_pairs()
         self.done_bytes = 0
         self.total_bytes = sum(entry.n_bytes for entry in self.source.entries.values())
@@ -79,24 +79,6 @@ class Exporter:
             ends = config.bos_token_id, config.eos_token_id
             return fields | fields_beside(self.files.path, config.vocab_size, *ends)
         return fields | {k: v for k, v in file.metadata.items() if k.startswith("tokenizer.")}
-
-    def _type(self, slot: Slot) -> str:
-        chosen = self.recipe.format_of(slot.holds[0])
-        kind = chosen
-        if chosen == KEEP or slot.types[0] == "I32" or len(slot.dims) == 1:
-            kind = next((t for t in slot.types if t in PLAIN), chosen)
-        if kind not in slot.types or (kind in PLAIN and "_exps." in slot.name):
-            allowed = [t for t in slot.types if t not in PLAIN] or [KEEP]
-            raise InputError(
-                f"recipe: {slot.name} cannot be {chosen} in a GGUF file; choose "
-                f"{' or '.join(allowed)}"
-            )
-        if slot.dims[0] % FORMATS[kind].values:
-            raise InputError(
-                f"recipe: {slot.name} cannot be {kind}, whose blocks hold {FORMATS[kind].values} "
-                f"values, as its rows have {slot.dims[0]}; choose another format"
-            )
-        return kind
 
     def _check_pairs(self) -> None:
         for name, kind in self.types.items():
@@ -157,6 +139,26 @@ class Exporter:
         self.done_bytes += n_bytes
         if self.progress is not None:
             self.progress("quantize", self.done_bytes, self.total_bytes)
+
+
+def type_of(slot: Slot, recipe: Recipe) -> str:
+    """The type a recipe gives a tensor of the layout. Raises InputError."""
+    chosen = recipe.format_of(slot.holds[0])
+    kind = chosen
+    if chosen == KEEP or slot.types[0] == "I32" or len(slot.dims) == 1:
+        kind = next((t for t in slot.types if t in PLAIN), chosen)
+    if kind not in slot.types or (kind in PLAIN and "_exps." in slot.name):
+        allowed = [t for t in slot.types if t not in PLAIN] or [KEEP]
+        raise InputError(
+            f"recipe: {slot.name} cannot be {chosen} in a GGUF file; choose "
+            f"{' or '.join(allowed)}"
+        )
+    if slot.dims[0] % FORMATS[kind].values:
+        raise InputError(
+            f"recipe: {slot.name} cannot be {kind}, whose blocks hold {FORMATS[kind].values} "
+            f"values, as its rows have {slot.dims[0]}; choose another format"
+        )
+    return kind
 
 
 def _plain(values: npt.NDArray[np.float32], kind: str, name: str) -> npt.NDArray[Any]:

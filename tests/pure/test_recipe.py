@@ -67,8 +67,8 @@ def test_rules() -> None:
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
-        ([], "name, formats and rules"),
-        ({"format": {}}, "name, formats and rules"),
+        ([], "name, about, formats and rules"),
+        ({"format": {}}, "name, about, formats and rules"),
         ({"formats": {"mlp": "Q8_0"}}, "no class 'mlp'"),
         ({"formats": {"shared": "Q5_K"}}, "no format 'Q5_K'"),
         ({"rules": [{"class": "rout", "format": "Q4_K"}]}, "no class 'rout'"),
