@@ -87,11 +87,11 @@ def check(path: str, response: httpx2.Response) -> None:
         assert ("request_id" in body) == path.startswith("/v1/messages")
 
 
-def run(seconds_allow: int) -> None:
+def run(n: int) -> None:
     script = Script(["I think.</think>One answer."])
     with Running(ScriptedEngine(script, context=4096), Rules()) as server, server.http() as http:
 
-        @settings(max_examples=seconds_allow, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=n, suppress_health_check=list(HealthCheck))
         @given(st.data())
         def ask(data: st.DataObject) -> None:
             path = data.draw(st.sampled_from(list(PATHS)))
@@ -104,9 +104,9 @@ def run(seconds_allow: int) -> None:
 
 
 def test_bodies_nobody_would_send() -> None:
-    run(150)
+    run(60)
 
 
 @pytest.mark.long
 def test_many_more_of_them() -> None:
-    run(5000)
+    run(2000)

@@ -240,10 +240,10 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> Non
     ("options", "said"),
     [
         (["--host", "0.0.0.0"], "--api-key"),
-        (["--api-key", ""], "--api-key is empty"),
+        pytest.param(["--api-key", ""], "--api-key is empty", marks=pytest.mark.long),
         (["--model", "nothing-here"], "no model"),
         (["--port", "{busy}"], "cannot listen"),
-        (["--uds", "/nonexistent/dir/s"], "cannot make the socket"),
+        pytest.param(["--uds", "/no/dir/s"], "cannot make the socket", marks=pytest.mark.long),
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_line(options: list[str], said: str) -> None:
@@ -262,7 +262,9 @@ def test_what_cannot_be_served_is_told_in_one_line(options: list[str], said: str
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_signal_ends_streams_properly(tmp_path: Path, number: signal.Signals) -> None:
     served = start(tmp_path, "--grace", "0.2")
     body = {
@@ -283,18 +285,16 @@ def test_a_signal_ends_streams_properly(tmp_path: Path, number: signal.Signals) 
 
 
 def test_texts_are_written_to_the_trace_and_nowhere_else(tmp_path: Path) -> None:
-    secret = "Tom hid 472 shells."
-    trace, places = tmp_path / "trace", [tmp_path / "plain", tmp_path / "traced"]
-    for place, options in zip(places, ([], ["--trace", str(trace)]), strict=True):
-        place.mkdir()
-        served = start(place, "--kv-dir", "none", *options)
-        body = {**HELLO, "messages": [{"role": "user", "content": secret}]}
-        with served.http() as http:
-            assert http.post(CHAT, json=body).is_success
-            assert http.post(CHAT, json={**body, "nonsense": secret}).status_code == 400
-        served.process.terminate()
-        _, said = served.process.communicate(timeout=60)
-        assert secret not in said and list(place.iterdir()) == []
+    secret, trace, place = "Tom hid 472 shells.", tmp_path / "trace", tmp_path / "place"
+    place.mkdir()
+    served = start(place, "--kv-dir", "none", "--trace", str(trace))
+    body = {**HELLO, "messages": [{"role": "user", "content": secret}]}
+    with served.http() as http:
+        assert http.post(CHAT, json=body).is_success
+        assert http.post(CHAT, json={**body, "nonsense": secret}).status_code == 400
+    served.process.terminate()
+    _, said = served.process.communicate(timeout=60)
+    assert secret not in said and list(place.iterdir()) == []
     (line,) = trace.read_text(encoding="utf-8").splitlines()
     found = json.loads(line)
     assert secret in found["prompt"] and found["completion_tokens"] == 2

@@ -59,6 +59,7 @@ def test_a_parsed_stream_and_response(served: Any) -> None:
     assert isinstance(response.output_parsed, Fox)
 
 
+@pytest.mark.long
 def test_any_object(served: Any) -> None:
     answer = served.openai().chat.completions.create(
         model="m",
@@ -74,7 +75,10 @@ def test_any_object(served: Any) -> None:
         assert isinstance(json.loads(text), dict)
 
 
-@pytest.mark.parametrize("tools", [SCHEMAS, STRICT], ids=["loose", "strict"])
+@pytest.mark.parametrize(
+    "tools",
+    [pytest.param(SCHEMAS, marks=pytest.mark.long, id="loose"), pytest.param(STRICT, id="strict")],
+)
 def test_forced_calls(served: Any, tools: Any) -> None:
     create = served.openai().chat.completions.create
     ask: Any = {"model": "m", "messages": STORY, "tools": tools, "max_tokens": 120, "seed": 4}
@@ -90,6 +94,7 @@ def test_forced_calls(served: Any, tools: Any) -> None:
         assert list(json.loads(call.function.arguments)) == required
 
 
+@pytest.mark.long
 def test_forced_calls_in_the_other_protocols(served: Any) -> None:
     flat = [{"type": "function", **schema["function"]} for schema in SCHEMAS]
     response = served.openai().responses.create(
@@ -149,6 +154,7 @@ def test_bias_and_penalties_change_the_answer(served: Any) -> None:
     assert penalised.choices[0].message.content != plain.choices[0].message.content
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_answer(served: Any) -> None:
     def told(seed: int) -> str:
         answer = served.openai().chat.completions.create(

@@ -65,13 +65,14 @@ def test_answers_written_together_are_those_written_alone(worker: Worker, engine
         worker.submit([job])
         alone.append(job.text)
     together = [Asked(engine, question, 40) for question in QUESTIONS]
-    late = Asked(engine, "A long prompt. " * 200, 3)
+    late = Asked(engine, "A long prompt. " * 120, 3)
     worker.submit([*together, late])
     assert [job.text for job in together] == alone
     assert late.over.wait(120)
     assert len([event for event in late.events if isinstance(event, Reading)]) > 1
 
 
+@pytest.mark.long
 def test_between_two_slices_of_a_prompt_answers_go_on(worker: Worker, engine: Engine) -> None:
     order: list[str] = []
 
@@ -84,7 +85,7 @@ def test_between_two_slices_of_a_prompt_answers_go_on(worker: Worker, engine: En
     worker.submit([first])
     while "write" not in order:
         first.over.wait(0.001)
-    late = Noted(engine, "A long prompt. " * 150, 1)
+    late = Noted(engine, "A long prompt. " * 120, 1)
     worker.submit([late])
     assert late.over.wait(120)
     worker.cancel([first])
