@@ -123,6 +123,8 @@ class Engine:
             wishes.slots,
         )
         self.context = self.plan.context
+        if build.metal_available():  # MLX keeps freed buffers without a bound of its own
+            mx.set_cache_limit(self.plan.scratch)
         streamed = None
         if self.plan.streamed and records is not None:
             streamed = StreamedExperts(ops, self.config, records, wishes)

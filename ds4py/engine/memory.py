@@ -374,8 +374,10 @@ def fit(plan: MemoryPlan, config: ModelConfig, records: Mapping[int, LayerRecord
 def refit(plan: MemoryPlan, config: ModelConfig, records: Mapping[int, LayerRecords]) -> MemoryPlan:
     """The plan once the dense weights are loaded: what they and the process take is measured."""
     release_free_memory()
-    measured = replace(plan, dense=max(0, resident_bytes() - plan.runtime), slots=())
-    return fit(measured, config, records)
+    dense = max(0, resident_bytes() - plan.runtime)
+    if platform.system() == "Darwin":  # where pages of the GPU's buffers may not be counted
+        dense = max(dense, plan.dense)
+    return fit(replace(plan, dense=dense, slots=()), config, records)
 
 
 def divide(
