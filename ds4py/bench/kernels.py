@@ -16,21 +16,23 @@ from collections.abc import Container
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy.typing as npt
 
-from ds4py.bench import traffic
+from ds4py.bench import speed, traffic
 from ds4py.bench.blank import Blank, FormatOf, unallocated
 from ds4py.cache.rows import capacity
 from ds4py.cache.state import Frontier, SequenceState
 from ds4py.config import ModelConfig
+from ds4py.engine.engine import Engine
 from ds4py.engine.options import SamplingOptions
 from ds4py.engine.sampling import Sampler
 from ds4py.kernels.build import METAL_KERNEL, Launcher
 from ds4py.kernels.ops import Array, MlxOps, Ops
+from ds4py.model.moe import ResidentExperts
 from ds4py.model.transformer import Transformer
 from ds4py.weights.load import Loader
 
@@ -162,3 +164,43 @@ def _graph(arrays: list[Array]) -> tuple[dict[str, str], Counter[str]]:
     mx.export_to_dot(text, *arrays)
     nodes = dict(re.findall(r'\{ (\d+) \[label ="(\w+)"', text.getvalue()))
     return nodes, Counter(re.findall(r"-> (\d+)$", text.getvalue(), re.MULTILINE))
+
+
+@dataclass(frozen=True)
+class TokenTime:
+    """Decoding on this machine's GPU, against how fast it reads memory."""
+
+    position: int
+    ms: float
+    gb_per_s: float
+    limit_gb_per_s: float
+    """Of summing a large array: what plain reading reaches here."""
+
+
+def time_token(engine: Engine, position: int, n_tokens: int = 32) -> TokenTime:
+    """Milliseconds per token after `position` tokens, the experts resident."""
+    prompt = speed.make_prompt(engine, position)
+    session = engine.session()
+    session.sync(prompt)
+    options = SamplingOptions(max_tokens=n_tokens, temperature=0.0, stop_at_eos=False)
+    steps = session.generate(options)
+    next(steps)
+    start = perf_counter()
+    n = sum(1 for _ in steps)
+    seconds = (perf_counter() - start) / n
+    state = state_at(engine.model, position)
+    assert isinstance(engine.experts, ResidentExperts)
+    n_bytes = sum(traffic.bytes_per_token(engine.model, engine.experts, state).values())
+    return TokenTime(position, 1000 * seconds, n_bytes / seconds / 1e9, memory_rate() / 1e9)
+
+
+def memory_rate(n_bytes: int = 1 << 30) -> float:
+    """Bytes per second of reading one large array on MLX's default device, the best of three."""
+    values = mx.zeros((n_bytes // 4096, 1024))
+    mx.eval(values)
+    best = float("inf")
+    for _ in range(3):
+        start = perf_counter()
+        mx.eval(values.sum())
+        best = min(best, perf_counter() - start)
+    return n_bytes / best

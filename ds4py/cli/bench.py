@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds4py.cli.model import announce, open_engine
+from ds4py.cli.model import announce, open_engine, tell_mlx
 from ds4py.cli.progress import ProgressBar
 from ds4py.cli.settings import ModelChoice, Settings, models_directory
 from ds4py.sizes import format_size
@@ -79,10 +79,12 @@ def run_kv(model: ModelChoice, repeat: int, with_trace: bool, json_only: bool) -
 
 
 def run_kernels(model: ModelChoice, positions: Sequence[int], json_only: bool) -> int:
-    """Count what a step launches and reads; tables, then one line of JSON. The exit code."""
+    """Count what a step launches and reads, and time it on a GPU. The exit code."""
+    tell_mlx()
     from ds4py.bench import kernels, machine
     from ds4py.config import ModelConfig
     from ds4py.engine.engine import resolve
+    from ds4py.kernels import build
     from ds4py.quant.recipe import default_format
     from ds4py.weights.files import ModelFiles
 
@@ -93,12 +95,23 @@ def run_kernels(model: ModelChoice, positions: Sequence[int], json_only: bool) -
         announce(model)
         config = ModelFiles.at(resolve(model.name, models_directory())).config
     costs = [kernels.trace_step(config, default_format, n) for n in positions]
+    times = []
+    if build.metal_available() and path.suffix != ".json":
+        engine, _ = open_engine(Settings(model))
+        times = [kernels.time_token(engine, n) for n in positions if n + 32 <= engine.context]
     if not json_only:
         for cost in costs:
             _print_cost(cost)
+        for t in times:
+            rates = f"{t.gb_per_s:.0f} GB/s; plain reading: {t.limit_gb_per_s:.0f}"
+            print(f"on this GPU after {t.position}: {t.ms:.2f} ms a token, {rates}")
     print(
         json.dumps(
-            {"bench": "kernels", "steps": [asdict(c) for c in costs]}
+            {
+                "bench": "kernels",
+                "steps": [asdict(c) for c in costs],
+                "times": [asdict(t) for t in times],
+            }
             | {"machine": machine.describe()}
         )
     )

@@ -416,7 +416,8 @@ def kernels(
     """Count what the Metal kernels launch and read for one token, and time building a step.
 
     Nothing is computed, so a config.json is enough, and no GPU is needed: weights count as the
-    default recipe stores them. Prints tables and, as the last line, JSON.
+    default recipe stores them. On a Mac a model that is there is timed, too, against how fast its
+    GPU reads memory. Prints tables and, as the last line, JSON.
     """
     from ds4py.cli.bench import run_kernels
 

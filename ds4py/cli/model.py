@@ -24,8 +24,7 @@ def open_engine(settings: Settings) -> tuple["Engine", float]:
     """The engine, and how many seconds it took to load."""
     options = settings.engine_options()
     announce(settings.model)
-    for name, value in COMMAND_BUFFERS.items():
-        os.environ.setdefault(name, value)
+    tell_mlx()
     start = perf_counter()
     from ds4py import Engine
     from ds4py.engine.engine import resolve
@@ -33,6 +32,12 @@ def open_engine(settings: Settings) -> tuple["Engine", float]:
     with ProgressBar(sys.stderr) as bar:
         engine = Engine.open(resolve(settings.model.name, models_directory()), options, bar)
     return engine, perf_counter() - start
+
+
+def tell_mlx() -> None:
+    """Set COMMAND_BUFFERS where the user did not; before MLX is loaded."""
+    for name, value in COMMAND_BUFFERS.items():
+        os.environ.setdefault(name, value)
 
 
 def announce(model: ModelChoice) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ds4py import Engine, EngineOptions
+from ds4py.bench import kernels
 from ds4py.bench.traffic import bytes_per_token
 from ds4py.kernels.build import Launcher
 from ds4py.model.moe import ResidentExperts
@@ -70,3 +71,10 @@ def test_a_token_reads_its_weights_once() -> None:
     needed = sum(must[name] for name in CLASSES)
     total = checked.read.total()
     assert 1 <= total / needed <= 1.03, (needed, checked.read)
+
+
+def test_a_token_is_timed() -> None:
+    engine = Engine.open("tiny", EngineOptions(kernels="metal"), launcher=Launcher(Checked()))
+    timed = kernels.time_token(engine, 10, 3)
+    assert timed.ms > 0 and 0 < timed.gb_per_s < 10
+    assert 1e8 < kernels.memory_rate(1 << 24) < 1e12
