@@ -100,11 +100,15 @@ def close(run: Run, expected: Any, rtol: float, atol: float) -> None:
 
 
 def caught(check: Callable[[Launcher], None], changes: dict[str, Any], mode: str = "fast") -> None:
-    """`check` passes with the kernels as they are and fails with a planted bug."""
+    """`check` passes with the kernels as they are and fails with a planted bug, which compiles."""
     check(launcher(mode))
-    with pytest.raises((AssertionError, ShaderError)):
+    for name, (old, _) in changes.items():  # else its absence would pass for a failure
+        text = read_kernel(name)
+        assert (text.header + text.body).count(old) == 1, f"{old!r} is not once in {name}"
+    with pytest.raises((AssertionError, ShaderError)) as failure:
         for seed in SEEDS:
             check(launcher(mode, seed, changes))
+    assert "does not compile" not in str(failure.value)
 
 
 def run_only(run: Run) -> Callable[[Launcher], None]:

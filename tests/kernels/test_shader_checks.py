@@ -11,6 +11,7 @@ from tests.kernels.shaders import LATER, Run, caught, run_only
 from tests.kernels.test_heads import TINY, layer
 
 pytestmark = [pytest.mark.shader, LATER]
+UNROLLED = "\n  MLX_MTL_PRAGMA_UNROLL\n  "
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
@@ -60,8 +61,8 @@ def stack() -> Run:
         (pre, "hyper_pre", "square_sums[group] = mine;\n", ""),
         (embed, "hyper_embed", "", ""),
         (rows, "compress_rows", "", ""),
-        (attend, "attend_split", "\n  ", "\n  for (uint i = 0; i < ENTRIES"),
-        (attend, "attend_split", "", "\n  for (uint h = 0; h < HEADS / 8; h++) {\n    const uint"),
+        (attend, "attend_split", "\n  ", UNROLLED + "for (uint i = 0; i < ENTRIES"),
+        (attend, "attend_split", "", UNROLLED + "for (uint h = 0; h < HEADS / 8; h++) {\n    co"),
         (search, "index_candidates", "", "\n\nconst uint n_rows"),
         (search, "index_candidates", "", "\n  const uint id = first"),
         (search, "index_candidates", "", "\n  uint at ="),
