@@ -125,7 +125,7 @@ def openapi() -> dict[str, Any]:
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
     content: dict[str, Any] = {endpoint.media: {"schema": {}}}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {}}
     anthropic = endpoint.path.startswith("/v1/messages")
     shape = "AnthropicError" if anthropic else "Error"
     told = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
