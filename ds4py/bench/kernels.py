@@ -85,8 +85,9 @@ def trace_step(
     found: list[StepCost] = []
 
     def traced(tokens: mx.array) -> mx.array:
-        best = float("inf")
+        best, arrays = float("inf"), list[Array]()
         for _ in range(REPEAT):
+            arrays.clear()  # its graph is gone by then in the decode loop, too
             launcher.counters.clear()
             state = state_at(model, position)
             known, _ = _graph([*launcher.adopted, *state.pending()])

@@ -138,6 +138,7 @@ class Launcher:
         self._make, self._finish, self._read = make, finish, read
         self.adopt, self._strip = adopt, strip
         self._kernels: dict[str, Kernel] = {}
+        self._variants: dict[tuple[str, Template], tuple[str, Kernel]] = {}
         self._tapes: dict[Hashable, list[tuple[str, Kernel, list[Any], dict[str, Any]]]] = {}
         self._tape: list[_Launch] | None = None  # while one is recorded
         self._finished: set[Any] = set()
@@ -157,7 +158,9 @@ class Launcher:
 
         Inputs must be row-contiguous: the kernel gets them as they lie, without a copy.
         """
-        kernel = self._kernels.get(name) or self._build(name)
+        kernel = self._kernels.get(name)
+        if kernel is None:
+            kernel = self._kernels[name] = self._build(name, name)
         self.counters[name] += 1
         how = {
             "template": template,
@@ -206,11 +209,26 @@ class Launcher:
         place = {id(x): i for i, x in reversed(list(enumerate(arrays)))}
         for launch in launches:
             slots = [place.get(id(x), x) for x in launch.inputs]
-            tape.append((launch.name, launch.kernel, slots, launch.how))
+            kernel, how = self._fixed(launch)
+            tape.append((launch.name, kernel, slots, how))
             first = len(arrays) + sum(len(done.made) for done in launches[: len(tape) - 1])
             place |= {id(x): first + i for i, x in enumerate(launch.made)}
         self._tapes[key] = tape
         return launches[-1].made
+
+    def _fixed(self, launch: _Launch) -> tuple[Kernel, dict[str, Any]]:
+        """A launch's kernel with the template's values written into its text, and its arguments:
+        without a template MLX spends a third less time on a launch."""
+        template = tuple(launch.how["template"])
+        how = {name: value for name, value in launch.how.items() if name != "template"}
+        name, kernel = self._variants.get((launch.name, template), ("", launch.kernel))
+        if not name:
+            name = f"{launch.name}_{len(self._variants)}"
+            kernel = self._build(launch.name, name, "".join(_defined(*pair) for pair in template))
+            self._variants[launch.name, template] = name, kernel
+        if self._finish is not None:
+            self._first(name, kernel, launch.inputs, how)
+        return kernel, how
 
     def _first(
         self, name: str, kernel: Kernel, inputs: Sequence[Array], how: dict[str, Any]
@@ -218,7 +236,11 @@ class Launcher:
         """Launch; wait if it is the first of its variant."""
         if self._finish is None:
             return kernel(inputs=inputs, **how)
-        variant = (name, tuple(how["template"]), tuple((x.dtype, x.size < SMALL) for x in inputs))
+        variant = (
+            name,
+            tuple(how.get("template", ())),
+            tuple((x.dtype, x.size < SMALL) for x in inputs),
+        )
         if variant in self._finished:
             return kernel(inputs=inputs, **how)
         try:
@@ -232,17 +254,38 @@ class Launcher:
         self._finished.add(variant)
         return made
 
-    def _build(self, name: str) -> Kernel:
+    def _build(self, name: str, variant: str, definitions: str = "") -> Kernel:
         text = self._read(name)
-        kernel = self._make(
-            name=name,
+        header = stripped(text.header) if self._strip else text.header
+        return self._make(
+            name=variant,
             input_names=list(text.inputs),
             output_names=list(text.outputs),
-            header=stripped(text.header) if self._strip else text.header,
+            header=header + definitions,
             source=stripped(text.body) if self._strip else text.body,
             ensure_row_contiguous=False,
         )
-        return self._kernels.setdefault(name, kernel)
+
+
+TYPE_NAMES = {
+    mx.float32: "float",
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+    mx.uint8: "uint8_t",
+    mx.uint16: "uint16_t",
+    mx.uint32: "uint32_t",
+    mx.uint64: "uint64_t",
+    mx.int32: "int32_t",
+}
+"""Types as MLX writes them."""
+
+
+def _defined(name: str, value: int | bool | Dtype) -> str:
+    """What stands for a template parameter of that value."""
+    if isinstance(value, mx.Dtype):
+        return f"typedef {TYPE_NAMES[value]} {name};\n"
+    kind = "bool" if isinstance(value, bool) else "int"
+    return f"constant constexpr {kind} {name} = {int(value)};\n"
 
 
 def metal_available() -> bool:

@@ -122,9 +122,12 @@ def test_a_replay_launches_the_same_with_other_arrays() -> None:
     assert inputs[0][0] is first and inputs[2][0] is second
     assert all(x[1] is factor for x in inputs)
     assert inputs[3][0] is not inputs[1][0], "the second launch reads its own first"
-    assert [{**c, "inputs": 0} for c in recorder.calls[:2]] == [
-        {**c, "inputs": 0} for c in recorder.calls[2:]
-    ]
+    of = {"inputs": 0, "template": 0}
+    assert [{**c, **of} for c in recorder.calls[:2]] == [{**c, **of} for c in recorder.calls[2:]]
+    assert [names["name"] for names in recorder.built] == ["scale", "scale_0"]
+    fixed = "typedef float T;\nconstant constexpr int N = 20;\n"
+    assert recorder.built[1]["header"] == recorder.built[0]["header"] + fixed
+    assert "template" not in recorder.calls[2]
     for _ in range(2):
         launcher.replay(None, [first], lambda on: (ran.append(1), launch(on)))
     assert len(ran) == 3, "without a key nothing is kept"

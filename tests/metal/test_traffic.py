@@ -4,6 +4,7 @@ How well lines are used is tested at the widths of V4-Flash, kernel by kernel (t
 of 128 values are shorter than what a simdgroup loads.
 """
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -47,12 +48,13 @@ class Checked:
 
     def __call__(self, **names: Any) -> Any:
         kernel = Kernel(**names)
+        name = re.sub(r"_\d+$", "", kernel.name)  # a variant's number
 
         def call(**how: Any) -> list[Any]:
             made = kernel(mode=self.mode, **how)
-            for name, traffic in kernel.last.traffic.items():
-                if name in WEIGHTS.get(kernel.name, ()):
-                    self.read[kernel.name] += traffic.useful
+            for buffer, traffic in kernel.last.traffic.items():
+                if buffer in WEIGHTS.get(name, ()):
+                    self.read[name] += traffic.useful
             return made
 
         return call
