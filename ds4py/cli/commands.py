@@ -257,14 +257,19 @@ def serve(
 
 
 @app.command(short_help="Show what a model is.")
-def inspect(model: ModelArgument = None, context: ContextSize = None, memory: Memory = None) -> int:
+def inspect(
+    model: ModelArgument = None,
+    context: ContextSize = None,
+    memory: Memory = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
     """Show what a model is: parts, layers, tensors, and where its memory goes on this machine.
 
     Reads the configuration and the tensors' headers, not the weights.
     """
     from ds4py.cli.inspect import run
 
-    return run(given.choose_model(model), context, memory)
+    return run(given.choose_model(model), context, memory, json)
 
 
 @app.command(short_help="Measure a model's skills.")

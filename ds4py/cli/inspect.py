@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds4py.cli import planned
+from ds4py.cli.layout import memory_lines, memory_report
 from ds4py.cli.model import announce
 from ds4py.cli.settings import ModelChoice, models_directory
 from ds4py.errors import OptionsError
@@ -48,6 +49,11 @@ class TensorClass:
     parameters: int = 0
     dtypes: set[str] = field(default_factory=set)
 
+    @property
+    def bits(self) -> float:
+        """Bits per weight, scales included."""
+        return 8 * self.n_bytes / self.parameters if self.parameters else 0.0
+
     def add(self, name: str, entry: "Entry") -> None:
         self.count += 1
         self.n_bytes += entry.n_bytes
@@ -55,32 +61,86 @@ class TensorClass:
         self.dtypes.add(entry.dtype)
 
 
-def run(model: ModelChoice, context: int | None, memory: str | None) -> int:
+def run(model: ModelChoice, context: int | None, memory: str | None, json: bool = False) -> int:
     """Print what the model is and where its memory goes; the exit code."""
+    from json import dumps
+
     from ds4py.engine.engine import resolve
     from ds4py.weights.files import ModelFiles
 
-    if context is not None and context < 1:
-        raise OptionsError(f"--context is {context}; give a number of tokens, 1 or more")
     announce(model)
     absent = _absent(model.name)
     if absent is not None:
-        return planned.show(absent)
+        _check_context(absent.config["max_position_embeddings"], context)
+        made = planned.Planned(absent, context, memory)
+        if json:
+            print(dumps(planned.report(made)))
+        else:
+            planned.show(made)
+        return 0
     files = ModelFiles.at(resolve(model.name, models_directory()))
-    config = files.config
-    if context is not None and context > config.max_position_embeddings:
-        raise OptionsError(
-            f"--context is {context}; this model goes to {config.max_position_embeddings} tokens"
-        )
-    classes = classify(files.tensors())
-    print(f"{'model':12}{model.name} ({files.path})")
-    for title, text in facts(config, classes):
-        print(f"{title:12}{text}")
-    for title, text in memory_facts(files, context, memory):
+    _check_context(files.config.max_position_embeddings, context)
+    if json:
+        print(dumps(report(model.name, files, context, memory)))
+    else:
+        show(model.name, files, context, memory)
+    return 0
+
+
+def _check_context(most: int, context: int | None) -> None:
+    if context is not None and context < 1:
+        raise OptionsError(f"--context is {context}; give a number of tokens, 1 or more")
+    if context is not None and context > most:
+        raise OptionsError(f"--context is {context}; this model goes to {most} tokens")
+
+
+def show(name: str, files: "ModelFiles", context: int | None, memory: str | None) -> None:
+    """Lines and a table for people."""
+    from ds4py.engine.memory import plan_files
+
+    config, classes = files.config, classify(files.tensors())
+    lines = [
+        ("model", f"{name} ({files.path})"),
+        *facts(config, classes),
+        ("context", f"{config.max_position_embeddings} tokens at most"),
+        *memory_lines(config, *plan_files(files, context, memory)),
+    ]
+    for title, text in lines:
         print(f"{title:12}{text}")
     print()
     print("\n".join(table(classes)))
-    return 0
+
+
+def report(
+    name: str, files: "ModelFiles", context: int | None, memory: str | None
+) -> dict[str, Any]:
+    """The same for scripts. Sizes in bytes."""
+    from ds4py.engine.memory import plan_files
+
+    config, classes = files.config, classify(files.tensors())
+    total, active, draft = counts(config, classes)
+    return {
+        "model": name,
+        "here": True,
+        "path": str(files.path),
+        "family": "DeepSeek V4",
+        "context": config.max_position_embeddings,
+        "parameters": total,
+        "active_parameters": active,
+        "draft_parameters": draft,
+        "classes": [
+            {
+                "name": c.name,
+                "tensors": c.count,
+                "parameters": c.parameters,
+                "bytes": c.n_bytes,
+                "bits_per_weight": c.bits,
+                "stored_as": sorted(c.dtypes),
+            }
+            for c in classes
+        ],
+        "memory": memory_report(config, *plan_files(files, context, memory)),
+    }
 
 
 def _absent(name: str) -> "Manifest | None":
@@ -109,12 +169,18 @@ def parameters(name: str, entry: "Entry") -> int:
     return math.prod(entry.shape) * (2 if entry.dtype == "I8" else 1)
 
 
-def facts(config: "ModelConfig", classes: Iterable[TensorClass]) -> Iterator[tuple[str, str]]:
-    """Lines about the model itself."""
+def counts(config: "ModelConfig", classes: Iterable[TensorClass]) -> tuple[int, int, int]:
+    """Parameters: all of the main model, those used for one token, and of draft layers."""
     by_name = {c.name: c.parameters for c in classes}
     draft = by_name.pop("draft layers", 0)
     total, routed = sum(by_name.values()), by_name.get("routed experts", 0)
     active = total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+    return total, active, draft
+
+
+def facts(config: "ModelConfig", classes: Iterable[TensorClass]) -> Iterator[tuple[str, str]]:
+    """Lines about the model itself."""
+    total, active, draft = counts(config, classes)
     yield "family", "DeepSeek V4"
     yield (
         "parameters",
@@ -171,35 +237,6 @@ def ranges(numbers: list[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def memory_facts(
-    files: "ModelFiles", context: int | None, budget: str | None
-) -> Iterator[tuple[str, str]]:
-    """Lines about the context, and where the memory goes when the model is opened here."""
-    from ds4py.engine.memory import bytes_per_token, plan_files
-    from ds4py.sizes import format_size
-
-    yield "context", f"{files.config.max_position_embeddings} tokens at most"
-    numerics, plan = plan_files(files, context, budget)
-    yield "session", f"{bytes_per_token(files.config, numerics.rows):.0f} B for each token"
-    if isinstance(plan, OptionsError):
-        yield "memory", f"does not fit: {plan}"
-        return
-    held = "all in memory"
-    if plan.streamed:
-        n_slots = sum(part.n_cached for part in plan.slots)
-        held = f"{n_slots} records in memory, of {format_size(plan.all_experts)} on disk"
-    parts = (
-        (plan.runtime, "the program"),
-        (plan.dense, "weights every token reads"),
-        (plan.kv, f"a session of {plan.context} tokens"),
-        (plan.scratch, "working memory, at most"),
-        (plan.experts, f"routed experts, {held}"),
-        (plan.total, f"of {format_size(plan.budget)}"),
-    )
-    for n, (size, purpose) in enumerate(parts):
-        yield "" if n else "memory", f"{format_size(size):>9}  {purpose}"
-
-
 def table(classes: Iterable[TensorClass]) -> Iterator[str]:
     """The tensor classes in columns."""
     from ds4py.sizes import format_size
@@ -207,11 +244,11 @@ def table(classes: Iterable[TensorClass]) -> Iterator[str]:
     rows = [*classes]
     total = TensorClass("all", sum(c.count for c in rows), sum(c.n_bytes for c in rows))
     total.parameters = sum(c.parameters for c in rows)
-    yield f"{'tensors':18} {'count':>7} {'parameters':>11} {'size':>10}   stored as"
+    yield f"{'tensors':18} {'count':>7} {'parameters':>11} {'size':>10} {'bits':>6}   stored as"
     for row in [*rows, total]:
         yield (
             f"{row.name:18} {row.count:7} {amount(row.parameters):>11} "
-            f"{format_size(row.n_bytes):>10}   {', '.join(sorted(row.dtypes))}"
+            f"{format_size(row.n_bytes):>10} {row.bits:6.2f}   {', '.join(sorted(row.dtypes))}"
         ).rstrip()
 
 

@@ -16,7 +16,9 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
+import mlx.core as mx
 import numpy as np
 
 from ds4py.cache.rows import FIRST_CAPACITY, LARGEST_STEP, RowFormat, RowFormats, row_formats
@@ -28,10 +30,10 @@ from ds4py.experts.streamed import SlotPlan, staging_slots
 from ds4py.formats.bundle import LayerRecords
 from ds4py.kernels import build
 from ds4py.kernels.host import N_MULTIPLE
-from ds4py.kernels.ops import Dtype, Ops
+from ds4py.kernels.ops import Dtype, MlxOps, Ops
 from ds4py.sizes import format_size, parse_size
 from ds4py.weights import names
-from ds4py.weights.bundle import ROUTED, Bundle
+from ds4py.weights.bundle import ROUTED, Bundle, layout_of
 from ds4py.weights.files import ModelFiles
 from ds4py.weights.source import Source
 
@@ -117,8 +119,6 @@ def streamable(source: Source) -> dict[int, LayerRecords] | None:
 def usable_memory() -> int:
     """Bytes this process may use without hurting the machine, as the system reports them."""
     if platform.system() == "Darwin":
-        import mlx.core as mx
-
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if not build.metal_available():
             return total
@@ -262,7 +262,7 @@ def scratch_bytes(config: ModelConfig, n: Numerics, context: int) -> int:
         if plan.indexed and n_rows > c.index_topk:
             scored = max(scored, n_rows)
     attention = index = 0
-    if not build.metal_available():
+    if not n.packed:
         keys = c.sliding_window + seen
         attention = s * keys * (3 * c.num_attention_heads + 2 * c.head_dim)
         index = s * scored * (4 * c.index_n_heads + 4)
@@ -290,19 +290,9 @@ def plan_memory(
     process without the model, now by default. Raises OptionsError with the shortfall when it does
     not fit, or when experts cannot be streamed from this kind of file.
     """
-    config = source.config
-    budget = parse_size(memory) if memory else usable_memory() * SHARE[0] // SHARE[1]
-    if context is None:
-        context = _fitting_context(config, n, budget // 4)
-    plan = MemoryPlan(
-        budget=budget,
-        context=context,
-        runtime=resident_bytes() if runtime is None else runtime,
-        dense=dense_bytes(source, n),
-        kv=_session_bytes(config, n, context),
-        scratch=scratch_bytes(config, n, context),
-        all_experts=expert_bytes(config, n, records),
-    )
+    config, dense = source.config, dense_bytes(source, n)
+    all_experts = expert_bytes(config, n, records)
+    plan = _plan(config, n, dense, all_experts, _budget(memory), context, runtime)
     if experts != "streamed" and plan.spare >= 0:
         return plan
     if experts == "resident" or records is None:
@@ -337,6 +327,59 @@ def plan_files(
         return numerics, plan_memory(source, numerics, records, context, memory)
     except OptionsError as exc:
         return numerics, exc
+
+
+def plan_recipe(
+    config: ModelConfig,
+    formats: Sequence[tuple[str, str, str]],
+    dense: int,
+    context: int | None = None,
+    memory: str | None = None,
+) -> tuple[Numerics, MemoryPlan | OptionsError]:
+    """The plan of a bundle that does not exist yet, as the Metal kernels would hold it.
+
+    formats: of gate, up and down, by layer. dense: bytes of everything but the routed experts.
+    """
+    ops = cast(Ops, MlxOps())
+    rows = row_formats(ops, config, mx.bfloat16, rounded=True, native=True)
+    n = Numerics(ops, mx.bfloat16, rows, EngineOptions().prefill_chunk, packed=True)
+    records = {
+        layer: LayerRecords(layer, (), config.n_routed_experts, layout_of(config, each), each, None)
+        for layer, each in enumerate(formats)
+    }
+    try:
+        budget = _budget(memory)
+        plan = _plan(config, n, dense, expert_bytes(config, n, records), budget, context)
+        return n, plan if plan.spare >= 0 else fit(plan, config, records)
+    except OptionsError as exc:
+        return n, exc
+
+
+def _budget(memory: str | None) -> int:
+    return parse_size(memory) if memory else usable_memory() * SHARE[0] // SHARE[1]
+
+
+def _plan(
+    config: ModelConfig,
+    n: Numerics,
+    dense: int,
+    experts: int,
+    budget: int,
+    context: int | None,
+    runtime: int | None = None,
+) -> MemoryPlan:
+    """With all experts in memory, whether or not they fit."""
+    if context is None:
+        context = _fitting_context(config, n, budget // 4)
+    return MemoryPlan(
+        budget=budget,
+        context=context,
+        runtime=resident_bytes() if runtime is None else runtime,
+        dense=dense,
+        kv=_session_bytes(config, n, context),
+        scratch=scratch_bytes(config, n, context),
+        all_experts=experts,
+    )
 
 
 def _session_bytes(config: ModelConfig, n: Numerics, context: int) -> int:

@@ -103,3 +103,14 @@ def test_inspect_adds_up(ds4: Any) -> None:
     counts = {row[0]: int(row[1]) for row in rows}
     assert counts.pop("all") == sum(counts.values()) and "other" not in counts
     assert {"routed experts", "indexers", "compressors", "draft layers"} <= set(counts)
+
+
+def test_inspect_for_scripts(ds4: Any) -> None:
+    done = ds4("inspect", "--context", "1000", "--json")
+    said = json.loads(done.stdout)
+    assert said["model"] == "tiny" and said["memory"]["context"] == 1000
+    assert sum(c["parameters"] for c in said["classes"]) == (
+        said["parameters"] + said["draft_parameters"]
+    )
+    small = json.loads(ds4("inspect", "--json", "--memory", "1MB").stdout)
+    assert "too little" in small["memory"]["error"]

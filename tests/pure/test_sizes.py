@@ -66,7 +66,21 @@ def test_shipped_recipes_fit_both_models_and_both_layouts(path: Path) -> None:
 
 
 def test_what_inspect_says_of_a_model_that_is_not_here() -> None:
-    found, _ = known("flash")
-    lines = "\n".join(f"{a} {b}" for a, b in planned.facts(found))
+    made = planned.Planned(known("flash")[0], 100_000, "48GB")
+    lines = "\n".join(f"{a} {b}" for a, b in planned.facts(made))
     assert "159.6 GB" in lines and "86.7 GB as GGUF" in lines
-    assert "`ds4 pull flash`" in lines and len(list(planned.table(found))) == 15
+    assert "`ds4 pull flash`" in lines and len(list(planned.table(made))) == 15
+
+
+def test_where_its_memory_would_go() -> None:
+    made = planned.Planned(known("flash")[0], 100_000, "48GB")
+    said = planned.report(made)
+    memory = said["memory"]
+    assert memory["streamed"] and memory["total"] <= memory["budget"] == 48e9
+    # 21 layers with a row of 584 + 68 bytes every 4 tokens, 20 with one of 584 every 128
+    assert memory["kv_bytes_per_token"] == 21 * 652 / 4 + 20 * 584 / 128
+    assert memory["experts"] % 7_077_888 == 0 and memory["experts_on_disk"] == 11008 * 7_077_888
+    assert said["bytes_per_token"]["experts"] == 258 * 7_077_888
+    assert "error" in planned.report(planned.Planned(made.manifest, None, "8GB"))["memory"]
+    whole = planned.report(planned.Planned(made.manifest, 100_000, "128GB"))["memory"]
+    assert not whole["streamed"] and whole["resident_records"] is None
