@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 pytest.importorskip("ziglang")
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from tools.metal_cpu import Kernel
 

@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
 
 pytest.importorskip("ziglang")
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from tools.metal_cpu import Kernel, metal_kernel, toolchain
 from tools.metal_cpu.compiler import entry_point

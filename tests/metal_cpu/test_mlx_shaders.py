@@ -7,12 +7,12 @@ language, simdgroup functions, the layout of simdgroup matrices) that does not c
 import re
 from importlib import resources
 
-import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
 
 pytest.importorskip("ziglang")
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from tools.metal_cpu import Kernel
 

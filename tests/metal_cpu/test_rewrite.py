@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("ml_dtypes")  # the package imports it
+
 from tools.metal_cpu.lint import RewriteError
 from tools.metal_cpu.rewrite import literal, rewrite
 
