@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("ziglang")
-ml_dtypes = pytest.importorskip("ml_dtypes")
+pytest.importorskip("ml_dtypes")
+
+import ml_dtypes
 
 from tools.metal_cpu import Kernel, metal_kernel, toolchain
 from tools.metal_cpu.compiler import entry_point

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("ziglang")
-ml_dtypes = pytest.importorskip("ml_dtypes")
+pytest.importorskip("ml_dtypes")
+
+import ml_dtypes
 
 from tools.metal_cpu import Kernel
 
