@@ -47,6 +47,10 @@ class Blank:
         records = _zeros((self.config.n_routed_experts, layout.record_bytes), np.uint8)
         return PackedLayer(records, layout, (gate, up, down))
 
+    def records(self) -> None:
+        """Nothing lies on a disk."""
+        return
+
     def matrix(self, name: str) -> npt.NDArray[np.float32]:
         return self.floats(f"{name}.weight")
 

@@ -24,7 +24,7 @@ from ds4py.errors import OptionsError
 from ds4py.experts import simulate
 from ds4py.experts.policy import LRU, Key
 from ds4py.experts.probe import bandwidth, scattered
-from ds4py.experts.reader import Readers, RecordFile, RecordReader
+from ds4py.experts.reader import ALIGN, Readers, RecordFile, RecordReader, pages_of
 from ds4py.experts.section import Section
 from ds4py.experts.trace import Trace, reuse
 
@@ -87,13 +87,14 @@ def device_rate(records: Records, size: int, depth: int) -> float:
 
     def read() -> None:
         nonlocal total
-        buffer, done = memoryview(mmap.mmap(-1, size)), 0
+        buffer, done = memoryview(mmap.mmap(-1, size + 2 * ALIGN)), 0
         while perf_counter() < end:
             with lock:
                 key = next(keys)
             for span in records[key.layer].of(key.expert):
-                target = buffer[span.at : span.at + span.n_bytes]
-                done += os.preadv(files[span.file].descriptor, [target], span.offset)
+                start, length = pages_of(span)
+                os.preadv(files[span.file].descriptor, [buffer[:length]], start)
+                done += span.n_bytes
         with lock:
             total += done
 

@@ -41,12 +41,11 @@ def _disk(model: ModelChoice) -> tuple[list[Any], list[Any]]:
     """Reads of records at several depths, and how far they hide behind computing."""
     from ds4py.bench import experts
     from ds4py.engine.engine import resolve
-    from ds4py.engine.memory import streamable
     from ds4py.weights.files import ModelFiles
 
     announce(model)
     files = ModelFiles.at(resolve(model.name, models_directory()))
-    records = streamable(files.source())
+    records = files.source().records()
     if records is None:
         raise OptionsError(
             f"{model.name} has no expert records to read; make a bundle with `ds4 quantize`, or "

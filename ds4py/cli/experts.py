@@ -22,7 +22,9 @@ Where = Annotated[
 Verify = Annotated[
     str | None,
     typer.Option(
-        metavar="WHEN", help="Check streamed experts' checksums: first (default), always, never."
+        metavar="WHEN",
+        help="Check streamed experts, by checksum or, as GGUF files have none, by their scales: "
+        "first (default: when first read), always, never.",
     ),
 ]
 Swap = Annotated[

@@ -110,7 +110,7 @@ class Engine:
         # cache/rows.py says why; the kernels know no rounded rows but native ones.
         native = rounded and (options.dtype != "float32" or launcher is not None)
         rows = row_formats(ops, self.config, dtype, rounded, native)
-        records = memory.streamable(source)
+        records = source.records()
         wishes = options.streaming
         numerics = memory.Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None)
         self.plan: MemoryPlan = memory.plan_memory(

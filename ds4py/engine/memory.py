@@ -33,7 +33,7 @@ from ds4py.kernels.host import N_MULTIPLE
 from ds4py.kernels.ops import Dtype, MlxOps, Ops
 from ds4py.sizes import format_size, parse_size
 from ds4py.weights import names
-from ds4py.weights.bundle import ROUTED, Bundle, layout_of
+from ds4py.weights.bundle import ROUTED, layout_of
 from ds4py.weights.files import ModelFiles
 from ds4py.weights.source import Source
 
@@ -109,11 +109,6 @@ class MemoryPlan:
     def spare(self) -> int:
         """Left of the budget; more live sessions may use it."""
         return self.budget - self.total
-
-
-def streamable(source: Source) -> dict[int, LayerRecords] | None:
-    """Where the routed experts' records lie; None where experts are no records."""
-    return source.records() if isinstance(source, Bundle) else None
 
 
 def usable_memory() -> int:
@@ -298,8 +293,8 @@ def plan_memory(
     if experts == "resident" or records is None:
         if experts == "streamed":
             raise OptionsError(
-                "experts is 'streamed', but they can be read from disk only where each is one "
-                "record of a bundle; make one with `ds4 quantize`"
+                "experts is 'streamed', but they can be read from disk only where they are "
+                "quantised: in a bundle or a GGUF file; make one with `ds4 quantize`"
             )
         raise OptionsError(
             f"{_lacks(plan, 'the routed experts', plan.all_experts)}"
@@ -322,7 +317,7 @@ def plan_files(
     rows = row_formats(ops, files.config, dtype, rounded=True, native=True)
     chunk, source = EngineOptions().prefill_chunk, files.source()
     numerics = Numerics(ops, dtype, rows, chunk, launcher is not None)
-    records = streamable(source)
+    records = source.records()
     try:
         return numerics, plan_memory(source, numerics, records, context, memory)
     except OptionsError as exc:

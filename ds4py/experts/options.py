@@ -22,7 +22,7 @@ class StreamingOptions:
     readers: int | None = None
     """Reads in flight; None = what a short probe of the disk finds best."""
     verify: str = "first"
-    """Checksums are compared at the "first" load of a record, "always", or "never"."""
+    """Records are checked (`LayerRecords.fault`) at their "first" load, "always", or "never"."""
     prefetch: str = "hash"
     """"hash": hash-routed layers, exactly, from the token ids; "router": also the next layer's
     router on the current streams; "off"."""

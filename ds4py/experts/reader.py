@@ -1,4 +1,4 @@
-"""Reading expert records: files, errors, checksums, and the threads that do it.
+"""Reading expert records: files, errors, checks, and the threads that do it.
 
 A read lands in the record's slot directly, past the page cache, where address, offset and length
 allow it, else through a buffer of the reading thread. Knows nothing of what the records mean.
@@ -12,7 +12,6 @@ import heapq
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -114,11 +113,10 @@ class RecordReader:
             if not file.unchanged():
                 raise _fault(key, span, "was changed while it was in use")
         done = self._verified[key.layer]
-        if records.crc32 is None or self._verify == "never":
-            return
-        if self._verify == "always" or not done[key.expert]:
-            if zlib.crc32(into[: records.record_bytes]) != records.crc32[key.expert]:
-                raise _fault(key, records.of(key.expert)[0], "does not match its checksum")
+        if self._verify == "always" or (self._verify == "first" and not done[key.expert]):
+            fault = records.fault(key.expert, into)
+            if fault is not None:
+                raise _fault(key, *fault)
             done[key.expert] = 1
 
     def _read_span(self, file: RecordFile, span: Span, into: memoryview) -> int:
@@ -131,8 +129,7 @@ class RecordReader:
                 advice = os.POSIX_FADV_DONTNEED
                 os.posix_fadvise(file.descriptor, span.offset, span.n_bytes, advice)
             return n_read
-        start = span.offset // ALIGN * ALIGN
-        length = -(-(span.offset + span.n_bytes) // ALIGN) * ALIGN - start
+        start, length = pages_of(span)
         bounce = self._bounce(length)
         skip = span.offset - start
         n_read = min(max(0, self._fill(file.descriptor, bounce, start) - skip), span.n_bytes)
@@ -155,6 +152,12 @@ class RecordReader:
         if buffer is None or len(buffer) < n_bytes:
             buffer = self._local.buffer = memoryview(mmap.mmap(-1, n_bytes))
         return buffer[:n_bytes]
+
+
+def pages_of(span: Span) -> tuple[int, int]:
+    """Offset and length of the aligned part of the file that a span lies in."""
+    start = span.offset // ALIGN * ALIGN
+    return start, -(-(span.offset + span.n_bytes) // ALIGN) * ALIGN - start
 
 
 def _address(view: memoryview) -> int:

@@ -1,4 +1,4 @@
-"""Writing safetensors files as a bundle needs them, and the layout of one expert record.
+"""Writing safetensors files as a bundle needs them; what an expert record is and where it lies.
 
 Files are streamed tensor by tensor, aligned, hashed on the way, synced, and renamed into place: a
 kill leaves the old file or the new one, never a part. Any safetensors reader can open them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py.errors import InputError
+from ds4py.formats.gguf_blocks.scales import are_finite
 
 RECORD_ALIGN = 16384
 """An expert record is one aligned read, and a page of Apple Silicon."""
@@ -109,7 +111,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerRecords:
-    """The records of one layer."""
+    """The records of one layer: whole in a bundle, in three parts in a GGUF file."""
 
     layer: int
     spans: tuple[Span, ...]
@@ -119,7 +121,7 @@ class LayerRecords:
     formats: tuple[str, str, str]
     """Of gate, up and down."""
     crc32: tuple[int, ...] | None
-    """Of every record; None where the files carry none."""
+    """Of every record; None where the files carry none, as GGUF files do."""
 
     @property
     def record_bytes(self) -> int:
@@ -131,3 +133,16 @@ class LayerRecords:
             Span(file, offset + expert * n_bytes, n_bytes, at)
             for file, offset, n_bytes, at in self.spans
         )
+
+    def fault(self, expert: int, record: memoryview) -> tuple[Span, str] | None:
+        """Where and how a record shows that it is damaged: by its checksum, or where there is
+        none by scales that are no numbers."""
+        spans = self.of(expert)
+        if self.crc32 is not None:
+            sound = zlib.crc32(record[: self.record_bytes]) == self.crc32[expert]
+            return None if sound else (spans[0], "does not match its checksum")
+        data = np.frombuffer(record, np.uint8)
+        for span, where, name in zip(spans, self.layout.slices(), self.formats, strict=True):
+            if not are_finite(name, data[where]):
+                return span, "has values that are NaN or infinite"
+        return None

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ds4py.config import ModelConfig
 from ds4py.errors import WeightsError
 from ds4py.formats import fp_blocks
+from ds4py.formats.bundle import LayerRecords
 from ds4py.formats.gguf_blocks import mxfp4_from_fp4
 from ds4py.formats.safetensors import TensorEntry, read_directory
 from ds4py.weights import names
@@ -80,6 +81,10 @@ class Checkpoint:
         return StoredMatrix("MXFP4", mxfp4_from_fp4(data, exponents))
 
     def packed(self, layer: int, mapped: bool = False) -> PackedLayer | None:
+        """A checkpoint has no records."""
+        return None
+
+    def records(self) -> dict[int, LayerRecords] | None:
         """A checkpoint has no records."""
         return None
 

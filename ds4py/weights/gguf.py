@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ds4py.config import ModelConfig
 from ds4py.errors import WeightsError
 from ds4py.formats import fp_blocks, gguf_blocks
+from ds4py.formats.bundle import LayerRecords, Span
 from ds4py.formats.gguf import GGUF, TensorInfo, size_of
 from ds4py.formats.gguf_blocks.scales import are_finite
 from ds4py.weights import names
@@ -84,6 +85,8 @@ DRAFT = {
 
 EXPERT = re.compile(r"(?P<layer>(?:layers|mtp)\.\d+)\.ffn\.experts\.(?P<expert>\d+)\.(?P<part>.*)")
 
+RECORD = ("w1", "w3", "w2")
+"""The order of gate, up and down in a record."""
 PLAIN: dict[str, type[np.generic]] = {
     "F32": np.float32,
     "F16": np.float16,
@@ -262,18 +265,41 @@ class GGUFCheckpoint:
 
         layer: its number, draft layers behind those of the main model. Raises WeightsError.
         """
-        n_main, n_experts = len(self.config.layers), self.config.n_routed_experts
-        root = f"layers.{layer}" if layer < n_main else f"mtp.{layer - n_main}"
-        stems = [(f"{root}.ffn.experts.", f".{w}.weight") for w in ("w1", "w3", "w2")]
-        gate, up, down = (self.entries[f"{head}0{tail}"].dtype for head, tail in stems)
+        found = self._layer_records(layer)
+        if found is None:
+            return None
+        records = np.zeros((found.n_experts, found.record_bytes), np.uint8)
+        for which, where in zip(RECORD, found.layout.slices(), strict=True):
+            for expert in range(found.n_experts):
+                records[expert, where] = self._read(self._expert(layer, expert, which)).ravel()
+        return PackedLayer(records, found.layout, found.formats)
+
+    def records(self) -> dict[int, LayerRecords] | None:
+        """Where every layer's experts lie, unread, draft layers behind the main ones; None where
+        any are plain numbers."""
+        n_draft = len(self.config.mtp_layers) if self.has_draft else 0
+        layers = range(len(self.config.layers) + n_draft)
+        found = {n: records for n in layers if (records := self._layer_records(n)) is not None}
+        return found if len(found) == len(layers) else None
+
+    def _layer_records(self, layer: int) -> LayerRecords | None:
+        """A record in parts, as gate, up and down are tensors of their own."""
+        parts = [self.entries[self._expert(layer, 0, which)] for which in RECORD]
+        gate, up, down = (part.dtype for part in parts)
         if {gate, up, down} & PLAIN.keys():
             return None
         layout = layout_of(self.config, (gate, up, down))
-        records = np.zeros((n_experts, layout.record_bytes), np.uint8)
-        for (head, tail), where in zip(stems, layout.slices(), strict=True):
-            for expert in range(n_experts):
-                records[expert, where] = self._read(f"{head}{expert}{tail}").ravel()
-        return PackedLayer(records, layout, (gate, up, down))
+        spans = tuple(
+            Span(part.file, part.tensor.offset, part.n_bytes, where.start)
+            for part, where in zip(parts, layout.slices(), strict=True)
+        )
+        n_experts = self.config.n_routed_experts
+        return LayerRecords(layer, spans, n_experts, layout, (gate, up, down), None)
+
+    def _expert(self, layer: int, expert: int, which: str) -> str:
+        n_main = len(self.config.layers)
+        root = f"layers.{layer}" if layer < n_main else f"mtp.{layer - n_main}"
+        return f"{root}.ffn.experts.{expert}.{which}.weight"
 
     def integers(self, name: str) -> npt.NDArray[np.int32]:
         """A table of expert ids, checked. Raises WeightsError."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py.config import ModelConfig
-from ds4py.formats.bundle import RecordLayout
+from ds4py.formats.bundle import LayerRecords, RecordLayout
 
 PLAIN = ("F32", "F16", "BF16")
 """Formats of rows without blocks."""
@@ -102,6 +102,11 @@ class Source(Protocol):
     def packed(self, layer: int, mapped: bool = False) -> PackedLayer | None:
         """One layer's experts as records of blocks, where the file has blocks. mapped: the file's
         own pages, where it has whole records."""
+        ...
+
+    def records(self) -> Mapping[int, LayerRecords] | None:
+        """Where the routed experts of all layers lie, unread, for reading one at a time; None
+        where they are not stored as blocks."""
         ...
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from ds4py.bench import experts
-from ds4py.engine.memory import streamable
 from ds4py.experts.trace import read, usage
 from ds4py.weights.files import ModelFiles
 from tests.experts.models import prompt, streamed
@@ -38,7 +37,7 @@ def test_hits_grow_with_the_cache_and_belady_leads() -> None:
 def test_reads_and_overlap(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "SECONDS", 0.02)
     monkeypatch.setattr(experts, "DEPTHS", (1, 3))
-    records = streamable(ModelFiles.at(bundle).source())
+    records = ModelFiles.at(bundle).source().records()
     assert records is not None
     rates = experts.read_rates(records, repeat=1)
     assert [r.depth for r in rates] == [1, 3]

@@ -112,7 +112,7 @@ def test_flat_over_5000_tokens(tmp_path: Path) -> None:
 def plan(bundle: Path, **wishes: Any) -> memory.MemoryPlan:
     numerics, _ = memory.plan_files(ModelFiles.at(bundle), 512, "1GB")
     source = ModelFiles.at(bundle).source()
-    records = memory.streamable(source)
+    records = source.records()
     wishes = {"context": 512, "runtime": 50_000_000} | wishes
     return memory.plan_memory(source, numerics, records, **wishes)
 

@@ -1,0 +1,106 @@
+"""Experts in a GGUF file: three ranges make a record, and nothing else differs from a bundle."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ds4py import Engine, EngineOptions
+from ds4py.engine import memory
+from ds4py.errors import OptionsError, WeightsError
+from ds4py.experts.streamed import StreamedExperts
+from ds4py.formats import gguf
+from ds4py.weights.files import ModelFiles
+from tests.experts.models import resident, streamed
+from tests.golden.gguf_files import MIXED, Q2, Built, build
+
+LEAST = 5 * 2
+"""Slots of a token: four layers and a draft layer, two experts each."""
+CHUNKS = [24, 9, 3, *[1] * 6]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """IQ2_XXS and Q2_K, with a draft layer. Not to be written to."""
+    return build(tmp_path_factory.mktemp("gguf"), Q2)
+
+
+def ids(built: Built) -> list[int]:
+    return built.ids[: sum(CHUNKS)]
+
+
+def test_the_same_logits(file: Built) -> None:
+    """At every cache size, cold and warm, and of the draft layer."""
+    held = resident(file.path)
+    expected, drafted = held.score(ids(file), CHUNKS), held.score_mtp(ids(file)[:12])
+    for slots, prefetch in ((LEAST, "hash"), (LEAST + 3, "router"), (30, "off")):
+        engine = streamed(file.path, slots, prefetch=prefetch)
+        for _ in range(2):
+            np.testing.assert_array_equal(engine.score(ids(file), CHUNKS), expected)
+        np.testing.assert_array_equal(engine.score_mtp(ids(file)[:12]), drafted)
+
+
+def test_formats_and_sizes_that_differ(tmp_path: Path) -> None:
+    model = build(tmp_path, MIXED)
+    expected = resident(model.path).score(ids(model), CHUNKS)
+    np.testing.assert_array_equal(streamed(model.path).score(ids(model), CHUNKS), expected)
+
+
+def test_the_plan_streams_what_does_not_fit(file: Built) -> None:
+    """Slots are records of whole pages; the parts of the file add up to what is on disk."""
+    source = ModelFiles.at(file.path).source()
+    numerics, everything = memory.plan_files(ModelFiles.at(file.path), 512, "1GB")
+    records = source.records()
+    assert records is not None and not isinstance(everything, OptionsError)
+    tight = memory.plan_memory(source, numerics, records, 512, str(everything.total - 1))
+    assert tight.streamed and {part.record_bytes for part in tight.slots} == {65536}
+    engine = Engine.open(file.path, EngineOptions(context=512, memory=str(tight.total)))
+    assert isinstance(engine.experts, StreamedExperts) and engine.plan.total <= tight.total
+
+
+def test_reads_are_the_parts(file: Built) -> None:
+    """Three reads for a record, of its bytes and the rest of their pages."""
+    engine, seen = streamed(file.path, verify="never"), []
+
+    def read(descriptor: int, buffers: Any, offset: int) -> int:
+        seen.append(sum(len(buffer) for buffer in buffers))
+        return os.preadv(descriptor, buffers, offset)
+
+    engine.experts.reader.read_into = read  # type: ignore[attr-defined]
+    engine.score(ids(file)[:1], [1])
+    stats = engine.experts.stats()
+    n_records = stats["bytes_read"] // 65536
+    assert len(seen) == 3 * n_records
+    assert 2 * 16896 + 21504 <= sum(seen) / n_records <= 2 * 16896 + 21504 + 6 * 4096
+
+
+@pytest.mark.parametrize("tensor", ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"])
+def test_damage_is_found_and_named(tmp_path: Path, tensor: str) -> None:
+    """There are no checksums; a scale that is no number is found at the first load."""
+    model = build(tmp_path, Q2)
+    info = gguf.read(model.path).tensors[f"blk.2.{tensor}.weight"]
+    part, at = info.n_bytes // 6, 80 if "down" in tensor else 0
+    with open(model.path, "r+b") as stream:
+        for expert in range(6):
+            stream.seek(info.offset + expert * part + at)
+            stream.write(b"\xff\x7f")
+    with pytest.raises(WeightsError, match=r"layer 2, expert \d: .* NaN or infinite") as caught:
+        streamed(model.path).score(ids(model), CHUNKS)
+    found = re.search(r"expert (\d): .* at offset (\d+)", str(caught.value))
+    assert found is not None
+    assert int(found[2]) == info.offset + int(found[1]) * part
+    streamed(model.path, verify="never").score(ids(model), CHUNKS)
+
+
+def test_truncated_while_running(tmp_path: Path) -> None:
+    model = build(tmp_path, Q2)
+    engine = streamed(model.path)
+    expected = engine.score(ids(model), CHUNKS)
+    size = model.path.stat().st_size
+    os.truncate(model.path, gguf.read(model.path).tensors["blk.0.ffn_down_exps.weight"].offset)
+    with pytest.raises(WeightsError, match=r"layer \d, expert \d: .*(ends after|was changed)"):
+        engine.score(ids(model), CHUNKS)
+    assert size > model.path.stat().st_size and np.isfinite(expected).all()
