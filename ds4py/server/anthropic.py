@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ds4py.server.body import Body, Part
+from ds4py.server.body import ModelBody, Part
 from ds4py.server.conversation import Choice, Conversation, Format, Tool
 from ds4py.server.errors import ApiError
 from ds4py.server.openai_parts import arguments_object
@@ -81,10 +81,9 @@ class ToolChoice(Part):
     disable_parallel_tool_use: bool = False
 
 
-class CountBody(Body):
+class CountBody(ModelBody):
     """What makes up a prompt."""
 
-    model: str = ""
     messages: list[Message]
     system: str | list[Block] | None = None
     tools: list[Any] | None = None
@@ -95,7 +94,8 @@ class CountBody(Body):
 
     HARMLESS: ClassVar = frozenset(
         "metadata service_tier context_management cache_control betas anthropic_beta "
-        "anthropic_version inference_geo speed user_profile_id".split()
+        "anthropic_version inference_geo speed user_profile_id workspace_id billing_policy "
+        "diagnostics fallbacks fallback_credit_token compaction".split()
     )
     REFUSED: ClassVar = {
         "container": "there is no container here",
@@ -113,6 +113,11 @@ class MessagesBody(CountBody):
     top_k: Annotated[int, Field(ge=0)] | None = None
     stop_sequences: list[str] | None = None
     thread: Any = None
+
+    HARMLESS: ClassVar = CountBody.HARMLESS - {"compaction"}
+    REFUSED: ClassVar = CountBody.REFUSED | {
+        "compaction": "have the model summarise the conversation and go on from that"
+    }
 
 
 def conversation(body: CountBody) -> Conversation:
@@ -395,4 +400,5 @@ def _choice(choice: ToolChoice | None) -> tuple[Choice, bool]:
     if choice is None:
         return Choice(), True
     kind = {"any": "required", "tool": "named"}.get(choice.type, choice.type)
-    return Choice(kind, choice.name), not choice.disable_parallel_tool_use
+    names = None if kind != "named" else (choice.name or "",)
+    return Choice(kind, names), not choice.disable_parallel_tool_use

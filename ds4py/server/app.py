@@ -43,6 +43,7 @@ from ds4py.server.worker import Job, Worker
 
 log = logging.getLogger("ds4.server")
 AnyBody = TypeVar("AnyBody", bound=bodies.Body)
+Generating = TypeVar("Generating", bound=bodies.ModelBody)
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 REQUEST_ID = "ds4.request_id"
@@ -176,38 +177,22 @@ async def read_body(request: HttpRequest, model: type[AnyBody]) -> AnyBody:
     return check() if len(data) < 1 << 16 else await asyncio.to_thread(check)
 
 
-async def chat_completions(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    body = await read_body(request, ChatBody)
-    writer = service.writer
-    service.check_model(body.model)
-    return await service.answer(request, lambda: ChatExchange(body, writer, service.rules.thinking))
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 
 
-async def completions(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    body = await read_body(request, CompletionBody)
-    writer = service.writer
-    service.check_model(body.model)
-    return await service.answer(request, lambda: CompletionExchange(body, writer))
+def answering(
+    model: type[Generating], make: Callable[[Generating, PromptWriter, Service], Exchange]
+) -> Endpoint:
+    """An endpoint that generates: its body, and what makes an exchange of it."""
 
+    async def endpoint(request: HttpRequest) -> Response:
+        service: Service = request.app.state.service
+        body = await read_body(request, model)
+        writer = service.writer
+        service.check_model(body.model)
+        return await service.answer(request, lambda: make(body, writer, service))
 
-async def responses(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    body = await read_body(request, ResponsesBody)
-    writer, thinks = service.writer, service.rules.thinking
-    service.check_model(body.model)
-    return await service.answer(
-        request, lambda: ResponsesExchange(body, writer, service.kept, thinks)
-    )
-
-
-async def messages(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    body = await read_body(request, MessagesBody)
-    writer = service.writer
-    service.check_model(body.model)
-    return await service.answer(request, lambda: MessagesExchange(body, writer))
+    return endpoint
 
 
 async def count_tokens(request: HttpRequest) -> Response:
@@ -391,11 +376,22 @@ def as_api_error(failure: Exception) -> ApiError:
     return ApiError("the server failed; see its log", 500)
 
 
-ANSWERS: dict[str, Callable[[HttpRequest], Awaitable[Response]]] = {
-    "/v1/chat/completions": chat_completions,
-    "/v1/completions": completions,
-    "/v1/responses": responses,
-    "/v1/messages": messages,
+ANSWERS: dict[str, Endpoint] = {
+    "/v1/chat/completions": answering(
+        ChatBody, lambda body, writer, service: ChatExchange(body, writer, service.rules.thinking)
+    ),
+    "/v1/completions": answering(
+        CompletionBody, lambda body, writer, service: CompletionExchange(body, writer)
+    ),
+    "/v1/responses": answering(
+        ResponsesBody,
+        lambda body, writer, service: ResponsesExchange(
+            body, writer, service.kept, service.rules.thinking
+        ),
+    ),
+    "/v1/messages": answering(
+        MessagesBody, lambda body, writer, service: MessagesExchange(body, writer)
+    ),
     "/v1/messages/count_tokens": count_tokens,
     "/v1/models": models,
     "/v1/models/{name}": one_model,

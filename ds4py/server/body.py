@@ -34,6 +34,12 @@ class Body(Part):
     """Field -> why, as the end of a sentence. Switched off (false, 0, empty) it is taken."""
 
 
+class ModelBody(Body):
+    """A body that names the model it is for."""
+
+    model: str = ""
+
+
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 

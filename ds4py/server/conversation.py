@@ -24,10 +24,11 @@ class Tool:
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether tools must be called: kind "auto", "none", "required", or "named" with a name."""
+    """Whether tools must be called: kind "auto", "none", "required", or "named": one, once."""
 
     kind: str = "auto"
-    name: str | None = None
+    names: tuple[str, ...] | None = None
+    """The tools that may be called; None: all there are."""
 
 
 @dataclass(frozen=True)

@@ -147,16 +147,16 @@ def _grammar(conversation: Conversation, dsml: str) -> str | None:
     """The grammar of an answer in llguidance's Lark; None where anything may be said."""
     tools, choice = conversation.tools, conversation.choice
     content = _content(conversation.format) if conversation.format else None
-    callable_ = bool(tools) and choice.kind != "none"
+    chosen = _chosen(tools, choice)
     forced = choice.kind in ("required", "named")
-    strict = callable_ and any(tool.strict for tool in tools)
-    if content is None and not forced and not strict and not (tools and choice.kind == "none"):
+    strict = any(tool.strict for tool in chosen)
+    if content is None and not forced and not strict and len(chosen) == len(tools):
         return None
     rules = []
     starts = []
-    if callable_:
+    if chosen:
         starts.append("block")
-        rules = _block(_chosen(tools, choice), dsml, choice.kind == "required" or not forced)
+        rules = _block(chosen, dsml, choice.kind == "required" or not forced)
         opening = r'"\n\n<"' if forced or content else r"/(?s:.*)\n\n</"
         rules.insert(0, f"block: {opening} {dsml} calls")
     if not forced:
@@ -170,7 +170,10 @@ def _content(format_: Format) -> str:
 
 
 def _chosen(tools: Sequence[Tool], choice: Choice) -> list[Tool]:
-    return [tool for tool in tools if choice.kind != "named" or tool.name == choice.name]
+    """The tools that may be called."""
+    if choice.kind == "none":
+        return []
+    return [tool for tool in tools if choice.names is None or tool.name in choice.names]
 
 
 def _block(tools: list[Tool], dsml: str, several: bool) -> list[str]:

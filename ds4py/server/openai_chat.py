@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from ds4py.server import openai_parts as parts
-from ds4py.server.body import Body, Part
+from ds4py.server.body import Part
 from ds4py.server.conversation import Conversation
 from ds4py.server.errors import ApiError
+from ds4py.server.openai_choices import ChoicesExchange, SampledBody
 from ds4py.server.prompt import PromptWriter, check_results, check_stops, check_tools, effort_of
 from ds4py.server.request import Chance, Event, Finished, Reading, Request
-from ds4py.server.respond import Answer, frame
+from ds4py.server.respond import Answer
 from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallStart
-
-FINISH_REASONS = {
-    "stop": "stop",
-    "stop_string": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-}
 
 
 class Thinking(Part):
@@ -45,29 +37,14 @@ class TemplateArguments(Part):
     enable_thinking: bool | None = None
 
 
-class ChatBody(Body):
+class ChatBody(SampledBody):
     """What is honoured. Null stands for the default."""
 
-    model: str = ""
     messages: list[parts.Message]
-    stream: bool = False
-    stream_options: parts.StreamOptions = parts.StreamOptions()
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=parts.MAX_CHOICES)] = 1
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    logit_bias: dict[str, float] | None = None
-    ignore_eos: bool = False
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool = True
@@ -78,23 +55,19 @@ class ChatBody(Body):
     reasoning: ReasoningOptions | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
-    HARMLESS: ClassVar = frozenset(
-        "user metadata store service_tier prompt_cache_key prompt_cache_retention "
-        "safety_identifier verbosity prediction modalities client_metadata cache_prompt id_slot "
-        "return_progress timings_per_token provider transforms route include_reasoning "
-        "reasoning_format separate_reasoning skip_special_tokens add_generation_prompt "
-        "usage session_id trace models plugins tool_stream "
-        "stream_reasoning cache_control return_token_ids request_id priority keep_alive".split()
+    HARMLESS: ClassVar = SampledBody.HARMLESS | set(
+        "prompt_cache_retention prompt_cache_options safety_identifier verbosity prediction "
+        "modalities client_metadata return_progress timings_per_token provider transforms route "
+        "include_reasoning reasoning_format separate_reasoning add_generation_prompt usage "
+        "session_id trace models plugins tool_stream stream_reasoning cache_control "
+        "keep_alive".split()
     )
-    REFUSED: ClassVar = {
+    REFUSED: ClassVar = SampledBody.REFUSED | {
         "functions": "this is the old form; send tools",
         "function_call": "this is the old form; send tool_choice",
         "audio": "this model reads and writes text only",
+        "moderation": "there is no moderation model here",
         "web_search_options": "there is no web search here; offer one as a tool",
-        "best_of": "send n and choose",
-        "use_beam_search": "tokens are sampled; send temperature 0 for the likeliest",
-        "min_tokens": "send ignore_eos with max_tokens for answers of a fixed length",
-        "stop_token_ids": "send stop",
         "guided_json": "send response_format",
         "structured_outputs": "send response_format",
         "grammar": "send response_format with a JSON schema",
@@ -133,23 +106,14 @@ def conversation(body: ChatBody, thinks: bool) -> Conversation:
     )
 
 
-class ChatExchange:
+class ChatExchange(ChoicesExchange):
     """One request and its answers."""
 
     def __init__(self, body: ChatBody, writer: PromptWriter, thinks: bool) -> None:
         """Raises ApiError, Overflow."""
-        self.streaming = body.stream
-        self._usage_wanted = body.stream_options.include_usage
+        super().__init__(body, writer, "chatcmpl", "chat.completion", "chat.completion.chunk")
         self._chances_wanted = body.logprobs
-        self._finished: list[Finished] = []
-        self._begun: set[int] = set()
         self._chances: dict[int, list[dict[str, Any]]] = {}
-        self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": body.model or writer.model,
-            "system_fingerprint": writer.fingerprint,
-        }
         asked = conversation(body, thinks)
         stop = check_stops(body.stop, "stop")
         first = writer.request(
@@ -181,44 +145,12 @@ class ChatExchange:
             call = {"index": event.index, "function": {"arguments": event.text}}
             out += self._chunk(index, {"tool_calls": [call]})
         elif isinstance(event, Finished):
-            self._finished.append(event)
-            out += self._chunk(index, {}, FINISH_REASONS[event.reason])
+            self._finished[index] = event
+            out += self._chunk(index, {}, self.FINISH_REASONS[event.reason])
         return out
 
-    def beat(self) -> str:
-        return ": still here\n\n"
-
-    def end(self) -> str:
-        out = ""
-        if self._usage_wanted:
-            used = parts.usage([finished.usage for finished in self._finished], len(self.requests))
-            out = frame({**self._chunk_head, "choices": [], "usage": used, **self._timings()})
-        return f"{out}data: [DONE]\n\n"
-
-    def fail(self, error: ApiError) -> str:
-        return frame(self.error(error)) + "data: [DONE]\n\n"
-
-    def error(self, error: ApiError) -> dict[str, Any]:
-        return error.openai()
-
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
-        self._finished = [answer.finished for answer in answers if answer.finished]
-        return {
-            **self._head,
-            "object": "chat.completion",
-            "choices": [self._choice(i, answer) for i, answer in enumerate(answers)],
-            "usage": parts.usage(
-                [finished.usage for finished in self._finished], len(self.requests)
-            ),
-            **self._timings(),
-        }
-
-    def _timings(self) -> dict[str, Any]:
-        return {"timings": parts.timings(self._finished[0])} if len(self._finished) == 1 else {}
-
-    @property
-    def _chunk_head(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk"}
+        return self._whole_of([self._choice(i, answer) for i, answer in enumerate(answers)])
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
         chances = self._chances.pop(index, None)
@@ -228,11 +160,11 @@ class ChatExchange:
             "logprobs": {"content": chances, "refusal": None} if chances else None,
             "finish_reason": reason,
         }
-        used = {"usage": None} if self._usage_wanted else {}
-        return frame({**self._chunk_head, "choices": [choice], **used})
+        return self._chunk_of([choice])
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         assert answer.finished is not None
+        self._finished[index] = answer.finished
         message: dict[str, Any] = {
             "role": "assistant",
             "content": answer.content or (None if answer.calls else ""),
@@ -249,7 +181,7 @@ class ChatExchange:
             "index": index,
             "message": message,
             "logprobs": chances if self._chances_wanted else None,
-            "finish_reason": FINISH_REASONS[answer.finished.reason],
+            "finish_reason": self.FINISH_REASONS[answer.finished.reason],
         }
 
 
@@ -257,16 +189,7 @@ def _sampling(body: ChatBody, choice: int, vocab_size: int) -> dict[str, Any]:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError("needs logprobs: true", param="top_logprobs")
     return {
+        **body.sampling(choice, vocab_size),
         "max_tokens": body.max_completion_tokens or body.max_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "seed": parts.seed_of(body.seed, choice),
-        "logit_bias": parts.bias_of(body.logit_bias, vocab_size),
         "top_logprobs": (body.top_logprobs or 0) if body.logprobs else None,
-        "stop_at_eos": not body.ignore_eos,
     }

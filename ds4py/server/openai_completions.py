@@ -2,74 +2,45 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from ds4py.errors import InputError
-from ds4py.server import openai_parts as parts
-from ds4py.server.body import Body
 from ds4py.server.errors import ApiError
+from ds4py.server.openai_choices import ChoicesExchange, SampledBody
 from ds4py.server.prompt import PromptWriter, check_stops, options
 from ds4py.server.request import Chance, Event, Finished, Request
-from ds4py.server.respond import Answer, frame
+from ds4py.server.respond import Answer
 from ds4py.text.events import Content
 
 MAX_PROMPTS = 32
-FINISH_REASONS = {"stop": "stop", "stop_string": "stop", "length": "length"}
 
 
-class CompletionBody(Body):
+class CompletionBody(SampledBody):
     """What is honoured. Null stands for the default."""
 
-    model: str = ""
     prompt: str | list[str] | list[int] | list[list[int]] = ""
-    stream: bool = False
-    stream_options: parts.StreamOptions = parts.StreamOptions()
     max_tokens: Annotated[int, Field(ge=1)] = 16
-    n: Annotated[int, Field(ge=1, le=parts.MAX_CHOICES)] = 1
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    logit_bias: dict[str, float] | None = None
-    ignore_eos: bool = False
     echo: bool = False
 
-    HARMLESS: ClassVar = frozenset(
-        "user metadata store service_tier prompt_cache_key cache_prompt id_slot request_id "
-        "skip_special_tokens add_special_tokens return_token_ids priority".split()
-    )
-    REFUSED: ClassVar = {
+    HARMLESS: ClassVar = SampledBody.HARMLESS | {"add_special_tokens"}
+    REFUSED: ClassVar = SampledBody.REFUSED | {
         "suffix": "this model was not trained to fill in",
-        "best_of": "send n and choose",
-        "use_beam_search": "tokens are sampled; send temperature 0 for the likeliest",
-        "min_tokens": "send ignore_eos with max_tokens for answers of a fixed length",
-        "stop_token_ids": "send stop",
         "response_format": "use chat completions",
         "grammar": "use chat completions with a response_format",
     }
 
 
-class CompletionExchange:
+class CompletionExchange(ChoicesExchange):
     """One request and its answers: `n` for each prompt, in order."""
 
     def __init__(self, body: CompletionBody, writer: PromptWriter) -> None:
         """Raises ApiError, Overflow."""
         if body.echo and body.logprobs is not None:
             raise ApiError("is not supported together with logprobs", param="echo")
-        self.streaming = body.stream
-        self._usage_wanted = body.stream_options.include_usage
-        self._n = body.n
-        self._tokenizer = writer.tokenizer
+        super().__init__(body, writer, "cmpl", "text_completion", "text_completion")
         prompts = _prompts(body.prompt, writer)
         stop = check_stops(body.stop, "stop")
         self.requests: list[Request] = [
@@ -79,17 +50,8 @@ class CompletionExchange:
         ]
         texts = [writer.tokenizer.decode(prompt[1:]) if body.echo else "" for prompt in prompts]
         self._echo = [text for text in texts for _ in range(body.n)]
-        self._finished: dict[int, Finished] = {}
         self._chances: dict[int, list[Chance]] = {}
         self._offsets = [len(text) for text in self._echo]
-        self._begun: set[int] = set()
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model or writer.model,
-            "system_fingerprint": writer.fingerprint,
-        }
         self._chances_wanted = body.logprobs is not None
 
     def event(self, index: int, event: Event) -> str:
@@ -104,23 +66,8 @@ class CompletionExchange:
             out += self._chunk(index, event.text)
         elif isinstance(event, Finished):
             self._finished[index] = event
-            out += self._chunk(index, "", FINISH_REASONS[event.reason])
+            out += self._chunk(index, "", self.FINISH_REASONS[event.reason])
         return out
-
-    def beat(self) -> str:
-        return ": still here\n\n"
-
-    def end(self) -> str:
-        out = ""
-        if self._usage_wanted:
-            out = frame({**self._head, "choices": [], "usage": self._usage(), **self._timings()})
-        return f"{out}data: [DONE]\n\n"
-
-    def fail(self, error: ApiError) -> str:
-        return frame(self.error(error)) + "data: [DONE]\n\n"
-
-    def error(self, error: ApiError) -> dict[str, Any]:
-        return error.openai()
 
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
         choices = []
@@ -132,19 +79,10 @@ class CompletionExchange:
                     "index": index,
                     "text": self._echo[index] + answer.content,
                     "logprobs": self._logprobs(index, answer.chances),
-                    "finish_reason": FINISH_REASONS[answer.finished.reason],
+                    "finish_reason": self.FINISH_REASONS[answer.finished.reason],
                 }
             )
-        return {**self._head, "choices": choices, "usage": self._usage(), **self._timings()}
-
-    def _usage(self) -> dict[str, Any]:
-        usages = [self._finished[index].usage for index in sorted(self._finished)]
-        return parts.usage(usages, self._n)
-
-    def _timings(self) -> dict[str, Any]:
-        if len(self._finished) != 1:
-            return {}
-        return {"timings": parts.timings(self._finished[0])}
+        return self._whole_of(choices)
 
     def _chunk(self, index: int, text: str, reason: str | None = None) -> str:
         choice = {
@@ -153,8 +91,7 @@ class CompletionExchange:
             "logprobs": self._logprobs(index, self._chances.pop(index, [])),
             "finish_reason": reason,
         }
-        used = {"usage": None} if self._usage_wanted else {}
-        return frame({**self._head, "choices": [choice], **used})
+        return self._chunk_of([choice])
 
     def _logprobs(self, index: int, chances: list[Chance]) -> dict[str, Any] | None:
         """The old shape: four lists."""
@@ -203,16 +140,7 @@ def _are_ids(prompt: list[Any]) -> bool:
 
 def _sampling(body: CompletionBody, choice: int, writer: PromptWriter) -> dict[str, Any]:
     return {
+        **body.sampling(choice, writer.vocab_size),
         "max_tokens": body.max_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "seed": parts.seed_of(body.seed, choice),
-        "logit_bias": parts.bias_of(body.logit_bias, writer.vocab_size),
         "top_logprobs": body.logprobs,
-        "stop_at_eos": not body.ignore_eos,
     }

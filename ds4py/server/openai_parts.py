@@ -151,17 +151,39 @@ def tools_of(values: list[Any] | None, nested: bool) -> list[Tool]:
 
 
 def choice_of(value: Any) -> Choice:
-    """A tool_choice: a word, or the name of a function in either spelling. Raises ApiError."""
+    """A tool_choice: a word, a function, or functions to choose from. Raises ApiError.
+
+    Chat completions put what is chosen into an object of its own, responses do not.
+    """
     if value is None:
         return Choice()
     if isinstance(value, str) and value in ("auto", "none", "required"):
         return Choice(value)
-    if isinstance(value, dict) and value.get("type") == "function":
-        inner = value.get("function")
-        name = inner.get("name") if isinstance(inner, dict) else value.get("name")
-        if isinstance(name, str):
-            return Choice("named", name)
-    raise ApiError("need auto, none, required, or the name of a function", param="tool_choice")
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function" and (name := _function_name(value)) is not None:
+        return Choice("named", (name,))
+    if kind == "allowed_tools":
+        given = value.get("allowed_tools", value)
+        mode, tools = (
+            (given.get("mode"), given.get("tools")) if isinstance(given, dict) else (None, None)
+        )
+        if mode in ("auto", "required") and isinstance(tools, list):
+            names = [_function_name(tool) for tool in tools]
+            return Choice(mode, tuple(name for name in names if name is not None))
+    raise ApiError(
+        "need auto, none, required, the name of a function, or allowed_tools with a mode (auto or "
+        "required) and tools",
+        param="tool_choice",
+    )
+
+
+def _function_name(value: Any) -> str | None:
+    """The name in a reference to a function; None for a tool of another type."""
+    if not isinstance(value, dict) or value.get("type", "function") != "function":
+        return None
+    name = value.get("function", value)
+    name = name.get("name") if isinstance(name, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def format_of(kind: str, schema: dict[str, Any] | None, param: str) -> Format | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from ds4py.server import openai_parts as parts
-from ds4py.server.body import Body, Part
+from ds4py.server.body import ModelBody, Part
 from ds4py.server.conversation import Conversation
 from ds4py.server.errors import ApiError
 from ds4py.server.kept import Kept
@@ -22,6 +22,8 @@ from ds4py.server.prompt import PromptWriter, check_results, check_tools, effort
 from ds4py.server.request import Chance, Event, Finished, Request, Usage
 from ds4py.server.respond import Answer, frame
 from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
+
+LOGPROBS = "message.output_text.logprobs"
 
 
 class ReasoningOptions(Part):
@@ -45,10 +47,9 @@ class TextOptions(Part):
     format: TextFormat = Field(default_factory=lambda: TextFormat.model_validate({}))
 
 
-class ResponsesBody(Body):
+class ResponsesBody(ModelBody):
     """What is honoured. Null stands for the default."""
 
-    model: str = ""
     input: str | list[Any] = ""
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -60,6 +61,8 @@ class ResponsesBody(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[str] = Field(default_factory=list)
+    """Only LOGPROBS adds something; reasoning is there anyway."""
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool = True
@@ -68,12 +71,13 @@ class ResponsesBody(Body):
     metadata: dict[str, Any] | None = None
 
     HARMLESS: ClassVar = frozenset(
-        "user include service_tier prompt_cache_key prompt_cache_retention safety_identifier "
-        "client_metadata truncation max_tool_calls stream_options context_management "
-        "moderation".split()
+        "user service_tier prompt_cache_key prompt_cache_retention prompt_cache_options "
+        "safety_identifier client_metadata truncation max_tool_calls stream_options "
+        "context_management access_programs background_options image".split()
     )
     REFUSED: ClassVar = {
         "background": "answers are given while the client waits",
+        "moderation": "there is no moderation model here",
         "conversation": "send the full input, or previous_response_id",
         "prompt": "templates are not kept here; send the full input",
     }
@@ -342,13 +346,14 @@ def _conversation(body: ResponsesBody, items: list[Any], thinks: bool, kept: Kep
 
 
 def _sampling(body: ResponsesBody) -> dict[str, Any]:
+    wanted = body.top_logprobs or LOGPROBS in body.include
     return {
         "max_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
-        "top_logprobs": body.top_logprobs or None,
+        "top_logprobs": (body.top_logprobs or 0) if wanted else None,
     }
 
 

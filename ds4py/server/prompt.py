@@ -61,10 +61,13 @@ def check_tools(tools: list[Tool], choice: Choice, param: str) -> None:
             )
         if name in names[:index]:
             raise ApiError(f"two tools are named {name}", param=f"{param}.{index}.name")
-    if choice.kind in ("required", "named") and not tools:
+    for name in choice.names or ():
+        if name not in names:
+            raise ApiError(f"there is no tool named {name!r}", param="tool_choice")
+    if choice.kind in ("required", "named") and not (
+        names if choice.names is None else choice.names
+    ):
         raise ApiError("a tool must be called but there are no tools", param="tool_choice")
-    if choice.kind == "named" and choice.name not in names:
-        raise ApiError(f"there is no tool named {choice.name!r}", param="tool_choice")
 
 
 def check_stops(stops: str | list[str] | None, param: str) -> tuple[str, ...]:

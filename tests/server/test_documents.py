@@ -1,11 +1,14 @@
 """The documents say what the code does: fields, errors, set-up snippets."""
 
+import inspect
 import json
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
 from ds4py.server import app, describe
@@ -26,6 +29,31 @@ SMALLEST: Any = {
 }
 
 
+OPENAI = openai.OpenAI(api_key="none")
+ANTHROPIC = anthropic.Anthropic(api_key="none")
+METHODS: dict[type[Body], list[Any]] = {
+    ChatBody: [
+        OPENAI.chat.completions.create,
+        OPENAI.chat.completions.parse,
+        OPENAI.chat.completions.stream,
+    ],
+    CompletionBody: [OPENAI.completions.create],
+    ResponsesBody: [OPENAI.responses.create, OPENAI.responses.stream],
+    MessagesBody: [
+        ANTHROPIC.messages.create,
+        ANTHROPIC.messages.stream,
+        ANTHROPIC.beta.messages.create,
+        ANTHROPIC.beta.messages.tool_runner,
+    ],
+    CountBody: [ANTHROPIC.messages.count_tokens, ANTHROPIC.beta.messages.count_tokens],
+}
+NOT_SENT = {
+    *("extra_headers", "extra_query", "extra_body", "timeout"),  # about the request itself
+    *("text_format", "response_id", "starting_after"),  # of helpers: written as `text`, or a GET
+    *("max_iterations", "run_tools_eagerly"),  # how the client runs its tools
+}
+
+
 def test_the_tables_are_those_of_the_code() -> None:
     assert README.endswith(describe.tables()), "write describe.tables() at the end of README.md"
 
@@ -34,6 +62,14 @@ def test_the_tables_are_those_of_the_code() -> None:
 def test_every_field_is_in_one_set(model: type[Body]) -> None:
     sets = [set(model.model_fields), set(model.HARMLESS), set(model.REFUSED)]
     assert sum(map(len, sets)) == len(set.union(*sets))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_of_the_clients_is_in_a_set(model: type[Body]) -> None:
+    known = {*model.model_fields, *model.HARMLESS, *model.REFUSED}
+    for method in METHODS[model]:
+        sent = set(inspect.signature(method).parameters) - NOT_SENT
+        assert sent <= known, sent - known
 
 
 @pytest.mark.parametrize("model", MODELS)

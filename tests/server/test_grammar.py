@@ -95,7 +95,7 @@ def test_content_follows_a_schema(schema: Any, seed: int) -> None:
 @given(schemas, st.integers(0, 10**6), st.booleans())
 def test_arguments_of_strict_tools_follow_theirs(schema: Any, seed: int, thinking: bool) -> None:
     tools = [Tool("look", None, schema, strict=True), Tool("other", None, schema, strict=True)]
-    asked = Conversation(USER, tools, Choice("named", "look"))
+    asked = Conversation(USER, tools, Choice("named", ("look",)))
     calls, content = calls_of(write(asked, seed, thinking), thinking)
     assert [name for name, _ in calls] == ["look"] and content == ""
     jsonschema.validate(calls[0][1], schema)
@@ -117,14 +117,14 @@ def test_required_calls_come_in_any_number() -> None:
 
 
 def test_without_tools_to_call_no_markup_is_written() -> None:
-    make = GRAMMARS.constraint(
-        Conversation(USER, [Tool("f", None, {})], Choice("none")), thinking=False
-    )
-    assert make is not None
-    allowed = make().allowed()
-    assert allowed is not None
-    controls = {t for t in np.flatnonzero(allowed).tolist() if TOKENIZER.is_control(t)}
-    assert controls == {TOKENIZER.eos_id}
+    for choice in (Choice("none"), Choice("auto", ())):
+        asked = Conversation(USER, [Tool("f", None, {})], choice)
+        make = GRAMMARS.constraint(asked, thinking=False)
+        assert make is not None
+        allowed = make().allowed()
+        assert allowed is not None
+        controls = {t for t in np.flatnonzero(allowed).tolist() if TOKENIZER.is_control(t)}
+        assert controls == {TOKENIZER.eos_id}
     assert GRAMMARS.constraint(Conversation(USER, [Tool("f", None, {})]), thinking=False) is None
 
 

@@ -149,3 +149,13 @@ def test_completions_with_logprobs(served: Any) -> None:
     assert "".join(found.tokens) == answer.choices[0].text
     assert [len(top) for top in found.top_logprobs] == [2] * 5
     assert found.text_offset[0] == 0 and found.token_logprobs[0] <= 0
+
+
+def test_logprobs_where_they_are_included(served: Any) -> None:
+    ask: Any = {"model": "m", "input": "What is 17 + 25?", "temperature": 0, "reasoning": OFF}
+    response = served.openai().responses.create(**ask, include=["message.output_text.logprobs"])
+    (part,) = response.output[0].content
+    assert "".join(chance.token for chance in part.logprobs) == part.text
+    assert all(chance.top_logprobs == [] for chance in part.logprobs)
+    response = served.openai().responses.create(**ask, include=["reasoning.encrypted_content"])
+    assert response.output[0].content[0].logprobs == []

@@ -94,6 +94,35 @@ def test_forced_calls(served: Any, tools: Any) -> None:
         assert list(json.loads(call.function.arguments)) == required
 
 
+def test_only_allowed_tools_are_called(served: Any) -> None:
+    wanted = SCHEMAS[0]
+    name = wanted["function"]["name"]
+    ask: Any = {"model": "m", "messages": STORY, "tools": SCHEMAS, "max_tokens": 40, "seed": 4}
+    allowed: Any = {"mode": "required", "tools": [wanted]}
+    answer = served.openai().chat.completions.create(
+        **ask, tool_choice={"type": "allowed_tools", "allowed_tools": allowed}, extra_body=OFF
+    )
+    assert {call.function.name for call in answer.choices[0].message.tool_calls} == {name}
+    response = served.openai().responses.create(
+        model="m",
+        input=STORY,
+        tools=[{"type": "function", **schema["function"]} for schema in SCHEMAS],
+        tool_choice={
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"type": "function", "name": name}],
+        },
+        max_output_tokens=40,
+        reasoning={"effort": "none"},
+    )
+    assert {item.name for item in response.output if item.type == "function_call"} == {name}
+    none: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}
+    for refused in (none, {"type": "allowed_tools"}, {"type": "custom", "custom": {"name": "x"}}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            served.openai().chat.completions.create(**ask, tool_choice=refused)
+        assert caught.value.param == "tool_choice"
+
+
 @pytest.mark.long
 def test_forced_calls_in_the_other_protocols(served: Any) -> None:
     flat = [{"type": "function", **schema["function"]} for schema in SCHEMAS]
