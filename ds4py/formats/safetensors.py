@@ -88,9 +88,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                     f"{path} ({size} bytes) is truncated or not a safetensors file: its header "
                     f"claims {length} bytes"
                 )
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except OSError as exc:
         raise WeightsError(f"{path} cannot be read ({os.strerror(exc.errno or 0)})") from exc
+    except _Twice as exc:
+        raise WeightsError(
+            f"{path} names {exc} twice in its header; the file is damaged, fetch it again"
+        ) from exc
     except ValueError as exc:
         raise WeightsError(f"{path} is not a safetensors file: its header is not JSON") from exc
     if not isinstance(header, dict):
@@ -99,6 +103,19 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     entries = {name: _entry(path, name, info, 8 + length, size) for name, info in header.items()}
     _check_overlap(path, entries)
     return entries
+
+
+class _Twice(ValueError):
+    """A name that stands twice in one JSON object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members. Raises _Twice where a plain `dict` would keep the last of two."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return members
 
 
 def _check_overlap(path: Path, entries: Mapping[str, TensorEntry]) -> None:

@@ -62,6 +62,11 @@ def test_equals_the_package(tmp_path: Path) -> None:
             b"123456789012",
             r"x \(8 bytes from byte \d+\) overlaps y",
         ),
+        (
+            entry()[:-1] + b"," + entry(offsets=(8, 16))[1:],
+            b"1234567812345678",
+            "names x twice in its header",
+        ),
     ],
 )
 def test_faults_are_named(tmp_path: Path, header: bytes, data: bytes, named: str) -> None:
