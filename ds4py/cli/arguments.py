@@ -1,6 +1,10 @@
 """The options that several commands of `ds4` share."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -60,6 +64,12 @@ ContextSize = Annotated[
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
 ]
+RoutingTrace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace", metavar="FILE", help="Write which experts every token used, for ds4 bench."
+    ),
+]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")]
 Port = Annotated[
     int | None,
@@ -117,3 +127,82 @@ KvDir = Annotated[
 KvSpace = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Disk space for them, 0 for none. Default: 8GB.")
 ]
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """Where routed experts are and how they are streamed; None: the engine's default."""
+
+    where: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            metavar="WHERE",
+            help="Routed experts: resident, streamed from disk, or auto: as memory allows.",
+        ),
+    ] = None
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            "--verify-experts",
+            metavar="WHEN",
+            help="Check streamed experts, by checksum or, as GGUF files have none, by their "
+            "scales: first (default: when first read), always, never.",
+        ),
+    ] = None
+    swap: Annotated[
+        float | None,
+        typer.Option(
+            "--swap-experts",
+            metavar="F",
+            help="Let experts in memory step in for absent ones within F of the score range, as "
+            "0.05; changes the answers. Default: 0, exact.",
+        ),
+    ] = None
+    prefetch: Annotated[
+        str | None,
+        typer.Option(
+            "--prefetch",
+            metavar="HOW",
+            help="Read experts ahead: hash (default), those the token ids tell; router, also "
+            "those the next layer's router guesses; off.",
+        ),
+    ] = None
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--expert-policy",
+            metavar="NAME",
+            help="Which expert gives way to the next: lru (default), the longest unused, or "
+            "decayed, the least used of late.",
+        ),
+    ] = None
+    readers: Annotated[
+        int | None,
+        typer.Option(
+            "--expert-readers",
+            metavar="N",
+            help="Experts read at the same time. Default: as many as the disk is best with.",
+        ),
+    ] = None
+
+
+NO_EXPERT_CHOICE = ExpertChoice()
+
+
+def with_experts(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a command that takes `experts: ExpertChoice` an option for each of its fields."""
+    options = inspect.signature(ExpertChoice, eval_str=True).parameters
+    signature = inspect.signature(command, eval_str=True)
+    shown: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        shown += options.values() if parameter.name == "experts" else [parameter]
+
+    @wraps(command)
+    def run(**given: Any) -> int:
+        choice = ExpertChoice(**{name: given.pop(name) for name in options})
+        return command(experts=choice, **given)
+
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run

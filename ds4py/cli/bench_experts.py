@@ -22,6 +22,7 @@ def run(model: ModelChoice, settings: Settings, trace: str | None, tokens: int, 
     """Tables, then one line of JSON. The exit code."""
     from ds4py.bench import machine
 
+    settings.engine_options()  # a bad value is told before anything is measured
     report: dict[str, Any] = {"bench": "experts", "model": model.name}
     if trace is not None:
         from ds4py.experts.trace import read

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple, TextIO
 
-from ds4py.cli import interrupts
+from ds4py.cli import experts, interrupts
 from ds4py.cli.conversation import Conversation, Stopped, Timeline
 from ds4py.cli.generate import statistics
 from ds4py.cli.kv import Timelines, kv_space, make_scheduler, open_disk
@@ -231,6 +231,8 @@ class Chat:
         """What the last answer cost."""
         turn = self.conversation.last
         self.tell(statistics(turn) if turn else "Nothing was answered yet.")
+        if turn and (lines := experts.statistics(self.engine.expert_stats())):
+            self.tell(lines)
 
     def reset(self) -> None:
         """Forget the conversation."""

@@ -12,8 +12,10 @@ from ds4py import __version__
 from ds4py.cli import experts as streaming
 from ds4py.cli import settings as given
 from ds4py.cli.arguments import (
+    NO_EXPERT_CHOICE,
     ApiKey,
     ContextSize,
+    ExpertChoice,
     Grace,
     Host,
     Insecure,
@@ -33,6 +35,7 @@ from ds4py.cli.arguments import (
     Prompt,
     Queue,
     Raw,
+    RoutingTrace,
     Seed,
     Slots,
     Stop,
@@ -45,6 +48,7 @@ from ds4py.cli.arguments import (
     TopP,
     TraceFile,
     UnixSocket,
+    with_experts,
 )
 from ds4py.cli.cache import cache
 from ds4py.cli.settings import Settings
@@ -83,6 +87,7 @@ def root(
 
 
 @app.command(short_help="Answer one prompt.")
+@with_experts
 def generate(
     prompt: Prompt = None,
     model: Model = None,
@@ -102,10 +107,8 @@ def generate(
     stop: Stop = None,
     context: ContextSize = None,
     memory: Memory = None,
-    experts: streaming.Where = None,
-    verify_experts: streaming.Verify = None,
-    swap_experts: streaming.Swap = None,
-    trace: streaming.Trace = None,
+    experts: ExpertChoice = NO_EXPERT_CHOICE,
+    trace: RoutingTrace = None,
     kernels: Kernels = None,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,
@@ -135,7 +138,7 @@ def generate(
         stop=given.stop_texts(stop),
         context=context,
         memory=memory,
-        experts=given.ExpertChoice(experts, verify_experts, swap_experts),
+        experts=experts,
         kernels=kernels,
         kv_dir=kv_dir,
         kv_space=kv_space,
@@ -146,6 +149,7 @@ def generate(
 
 
 @app.command(short_help="Talk with a model.")
+@with_experts
 def chat(
     model: Model = None,
     resume: Annotated[
@@ -166,6 +170,7 @@ def chat(
     stop: Stop = None,
     context: ContextSize = None,
     memory: Memory = None,
+    experts: ExpertChoice = NO_EXPERT_CHOICE,
     kernels: Kernels = None,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,
@@ -190,6 +195,7 @@ def chat(
         stop=given.stop_texts(stop),
         context=context,
         memory=memory,
+        experts=experts,
         kernels=kernels,
         kv_dir=kv_dir,
         kv_space=kv_space,
@@ -200,6 +206,7 @@ def chat(
 
 
 @app.command(short_help="Answer over HTTP: OpenAI's and Anthropic's APIs.")
+@with_experts
 def serve(
     model: Model = None,
     host: Host = "127.0.0.1",
@@ -221,6 +228,7 @@ def serve(
     grace: Grace = 10.0,
     context: ContextSize = None,
     memory: Memory = None,
+    experts: ExpertChoice = NO_EXPERT_CHOICE,
 ) -> int:
     """Answer over HTTP: chat completions, completions, responses and messages.
 
@@ -231,6 +239,7 @@ def serve(
         model=given.choose_model(model),
         context=context,
         memory=memory,
+        experts=experts,
         kv_dir=kv_dir,
         kv_space=kv_space,
     )

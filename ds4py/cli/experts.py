@@ -1,4 +1,4 @@
-"""What the command line does for streamed experts: options, the routing trace, figures."""
+"""What the command line does for streamed experts: the routing trace, figures."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,46 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ds4py.cli import settings as given
+from ds4py.cli.arguments import NO_EXPERT_CHOICE, ExpertChoice, Memory, Model, with_experts
 
 if TYPE_CHECKING:
     from ds4py import Engine
-
-Where = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHERE",
-        help="Routed experts: resident, streamed from disk, or auto: as memory allows.",
-    ),
-]
-Verify = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHEN",
-        help="Check streamed experts, by checksum or, as GGUF files have none, by their scales: "
-        "first (default: when first read), always, never.",
-    ),
-]
-Swap = Annotated[
-    float | None,
-    typer.Option(
-        metavar="F",
-        help="Let experts in memory step in for absent ones within F of the score range, as 0.05; "
-        "changes the answers. Default: 0, exact.",
-    ),
-]
-Prefetch = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOW",
-        help="Read experts ahead: hash (default), those the token ids tell; router, also those "
-        "the next layer's router guesses; off.",
-    ),
-]
-Trace = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Write which experts every token used, for ds4 bench."),
-]
-
 
 @contextmanager
 def tracing(engine: "Engine", file: str | None) -> Iterator[None]:
@@ -97,20 +61,16 @@ def statistics(stats: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@with_experts
 def bench(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="NAME|DIR", help="Model to measure.")
-    ] = None,
+    model: Model = None,
     trace: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Only replay this trace, made by ds4 generate --trace."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to decode.")] = 256,
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory the engine may use, e.g. 48GB.")
-    ] = None,
-    experts: Where = None,
-    prefetch: Prefetch = None,
+    memory: Memory = None,
+    experts: ExpertChoice = NO_EXPERT_CHOICE,
     disk: Annotated[bool, typer.Option("--disk/--no-disk", help="Measure the disk, too.")] = True,
 ) -> int:
     """Measure streamed experts: reads against the disk's own limit, a run of the model, and what
@@ -121,5 +81,4 @@ def bench(
     from ds4py.cli.bench_experts import run
 
     choice = given.choose_model(model)
-    where = given.ExpertChoice(experts, prefetch=prefetch)
-    return run(choice, given.Settings(choice, memory=memory, experts=where), trace, tokens, disk)
+    return run(choice, given.Settings(choice, memory=memory, experts=experts), trace, tokens, disk)

@@ -8,7 +8,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds4py.cli.conversation import Progress
 from ds4py.cli.settings import kv_directory
@@ -91,6 +91,11 @@ class Timelines:
         timeline = self.session()
         timeline.begin(session)
         return timeline
+
+
+    def expert_stats(self) -> dict[str, Any]:
+        """What streaming experts came to so far; empty where they are resident."""
+        return self._engine.experts.stats()
 
 
 class Timeline:

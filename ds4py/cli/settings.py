@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ds4py.cli.arguments import NO_EXPERT_CHOICE, ExpertChoice
 from ds4py.errors import OptionsError, PromptError
 
 if TYPE_CHECKING:
@@ -69,16 +70,6 @@ def make_private(path: Path | None) -> Path | None:
 
 
 @dataclass(frozen=True)
-class ExpertChoice:
-    """Where routed experts are and how they are streamed; None: the engine's default."""
-
-    where: str | None = None
-    verify: str | None = None
-    swap: float | None = None
-    prefetch: str | None = None
-
-
-@dataclass(frozen=True)
 class Settings:
     """One request's choices: model, conversation mode, sampling. None: the engine's default."""
 
@@ -97,7 +88,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     context: int | None = None
     memory: str | None = None
-    experts: ExpertChoice = ExpertChoice()
+    experts: ExpertChoice = NO_EXPERT_CHOICE
     kernels: str | None = None
     kv_dir: str | None = None
     """Where sessions are kept; None: the usual place."""
@@ -109,19 +100,12 @@ class Settings:
         from ds4py import EngineOptions
         from ds4py.experts.options import StreamingOptions
 
+        streaming = dict(vars(self.experts))
+        where = streaming.pop("where")
         return EngineOptions(
-            streaming=StreamingOptions(
-                **_given(
-                    verify=self.experts.verify,
-                    swap=self.experts.swap,
-                    prefetch=self.experts.prefetch,
-                )
-            ),
+            streaming=StreamingOptions(**_given(**streaming)),
             **_given(
-                context=self.context,
-                memory=self.memory,
-                kernels=self.kernels,
-                experts=self.experts.where,
+                context=self.context, memory=self.memory, kernels=self.kernels, experts=where
             ),
         )
 

@@ -44,6 +44,9 @@ class Engine:
     def session(self) -> Any:
         return self.scripted([["again"]])
 
+    def expert_stats(self) -> dict[str, Any]:
+        return {}
+
     def restore(self, path: Path) -> Any:
         if (text := path.read_text(encoding="utf-8")) != "snapshot":
             raise InputError(text)

@@ -8,6 +8,7 @@ import pytest
 
 from ds4py.cli import settings as given
 from ds4py.errors import OptionsError, PromptError
+from ds4py.experts.options import StreamingOptions
 
 
 def stdin(data: bytes, terminal: bool = False) -> io.TextIOWrapper:
@@ -102,3 +103,30 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         given.read_file(str(tmp_path / "absent"))
     with pytest.raises(PromptError, match="Is a directory"):
         given.read_file(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "bench experts"])
+def test_every_command_that_runs_a_model_takes_the_choices_of_experts(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They reach the engine as they were given."""
+    from ds4py.cli import bench_experts, chat, generate, serve
+    from ds4py.cli.commands import app
+
+    seen: list[given.Settings] = []
+    for module in (generate, chat, serve, bench_experts):
+        monkeypatch.setattr(module, "run", lambda *args: seen.extend(_settings(args)))
+    words = "--experts streamed --verify-experts always --swap-experts 0.05 --prefetch router"
+    chosen = [*command.split(), *words.split(), "--expert-policy", "decayed", "--expert-readers=3"]
+    app(chosen, standalone_mode=False)
+    options = seen[0].engine_options()
+    assert options.experts == "streamed"
+    assert options.streaming == StreamingOptions(
+        policy="decayed", readers=3, verify="always", prefetch="router", swap=0.05
+    )
+    app(command.split(), standalone_mode=False)
+    assert seen[1].engine_options().streaming == StreamingOptions()
+
+
+def _settings(arguments: tuple[object, ...]) -> list[given.Settings]:
+    return [a for a in arguments if isinstance(a, given.Settings)]
