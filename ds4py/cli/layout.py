@@ -30,9 +30,10 @@ def memory_lines(
         (plan.kv, f"a session of {plan.context} tokens"),
         (plan.scratch, "working memory, at most"),
         (plan.experts, f"routed experts, {held}"),
+        (plan.decoded, "routed experts that stay decoded, at most"),
         (plan.total, f"of {format_size(plan.budget)}"),
     )
-    for n, (size, purpose) in enumerate(parts):
+    for n, (size, purpose) in enumerate(part for part in parts if part[0]):
         yield "" if n else "memory", f"{format_size(size):>9}  {purpose}"
 
 
@@ -54,6 +55,7 @@ def memory_report(
         "kv": plan.kv,
         "scratch": plan.scratch,
         "experts": plan.experts,
+        "decoded": plan.decoded,
         "experts_on_disk": plan.all_experts if plan.streamed else 0,
         "resident_records": sum(part.n_cached for part in plan.slots) if plan.streamed else None,
         "streamed": plan.streamed,

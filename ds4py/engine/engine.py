@@ -31,6 +31,7 @@ from ds4py.formats import gguf
 from ds4py.hub import manifest, place
 from ds4py.kernels import build
 from ds4py.kernels.build import Launcher
+from ds4py.kernels.decoded import DecodedMaps
 from ds4py.model.moe import ExpertSource
 from ds4py.model.mtp import DraftLayer
 from ds4py.text.messages import ASSISTANT, USER
@@ -128,7 +129,8 @@ class Engine:
         streamed = None
         if self.plan.streamed and records is not None:
             streamed = StreamedExperts(ops, self.config, records, wishes)
-        self._loader = Loader(source, ops, dtype, rounded, native, launcher, streamed)
+        decoded = DecodedMaps(self.plan.decoded)
+        self._loader = Loader(source, ops, dtype, rounded, native, launcher, streamed, decoded)
         self.model = self._loader.transformer()
         if streamed is not None and records is not None:
             if wishes.slots is None:

@@ -86,6 +86,8 @@ class MemoryPlan:
     """The routed experts, if all were in memory."""
     slots: tuple[SlotPlan, ...] = ()
     """Where experts are streamed: the slots for them. Empty: all are resident."""
+    decoded: int = 0
+    """Resident experts that numpy keeps decoded: all, as far as half of the rest holds them."""
 
     @property
     def streamed(self) -> bool:
@@ -103,7 +105,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.fixed + self.experts
+        return self.fixed + self.experts + self.decoded
 
     @property
     def spare(self) -> int:
@@ -289,7 +291,9 @@ def plan_memory(
     all_experts = expert_bytes(config, n, records)
     plan = _plan(config, n, dense, all_experts, _budget(memory), context, runtime)
     if experts != "streamed" and plan.spare >= 0:
-        return plan
+        if records is None or n.ops.lazy:
+            return plan
+        return replace(plan, decoded=min(expert_bytes(config, n, None), plan.spare // 2))
     if experts == "resident" or records is None:
         if experts == "streamed":
             raise OptionsError(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py.formats.gguf_blocks import decode_columns
+from ds4py.kernels.decoded import DecodedMaps
 from ds4py.kernels.ops import F32, Dtype, ExpertBuilder, PackedWeight, Weight
 
 K_BLOCK = 256
@@ -56,7 +57,7 @@ class HostOps:
     def __init__(self, wide: Dtype = np.float32) -> None:
         self.wide: Dtype = wide
         self._hadamard: dict[int, Host] = {}
-        self._scratch: dict[tuple[int, ...], Host] = {}
+        self._scratch = DecodedMaps()  # of weights whose maps are not kept
 
     def array(self, x: Host | mx.array) -> Host:
         """Host arrays in this set's type; a token id sampled on the device is fetched."""
@@ -140,20 +141,18 @@ class HostOps:
         """One expert's map as [in, padded out], and out."""
         if isinstance(weight, Weight):
             return weight.arrays[0][expert], weight.widths[0]
-        record = weight.records[expert : expert + 1]
-        rows = [weight.rows(record, part) for part in weight.parts]
-        width = sum(map(len, rows))
-        w, column = self._scratch_of(weight.n_in, _padded(width)), 0
-        for (_, name), blocks in zip(weight.parts, rows, strict=True):
-            decode_columns(name, blocks, w[:, column : column + len(blocks)])
+        width, key = weight.n_out, (weight, int(expert))
+        shape = weight.n_in, _padded(width)
+        if weight.decoded is not None and (w := weight.decoded.find(shape, key)) is not None:
+            return w, width
+        maps, column = weight.decoded or self._scratch, 0
+        w = maps.room(shape, self.wide)
+        for part in weight.parts:
+            blocks = weight.rows(weight.records[expert : expert + 1], part)
+            decode_columns(part[1], blocks, w[:, column : column + len(blocks)])
             column += len(blocks)
+        maps.keep(key, w)
         return w, width
-
-    def _scratch_of(self, *shape: int) -> Host:
-        """Room for one decoded expert, taken again for the next; zeros where nothing is written."""
-        if shape not in self._scratch:
-            self._scratch[shape] = np.zeros(shape, self.wide)
-        return self._scratch[shape]
 
 
 class _HostExperts:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds4py.formats.gguf_blocks import block_format, decode_mlx
+from ds4py.kernels.decoded import DecodedMaps
 
 Array: TypeAlias = Any
 """An `mx.array` or a numpy array, as the model's `Ops` makes them."""
@@ -44,7 +46,7 @@ LinearMaps: TypeAlias = Any
 Metal a tuple of `formats.PackedMatrix`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedWeight:
     """Expert maps in block formats, one record per expert, decoded only where they are used."""
 
@@ -53,6 +55,13 @@ class PackedWeight:
     parts: tuple[tuple[slice, str], ...]
     """Bytes of a record and their format, stacked on the output axis."""
     n_in: int
+    decoded: DecodedMaps | None = None
+    """Where the host keeps maps it decoded; None: records change, nothing is kept."""
+
+    @cached_property
+    def n_out(self) -> int:
+        """Outputs of all parts."""
+        return sum(len(self.rows(self.records[:1], part)) for part in self.parts)
 
     def rows(self, records: Array, part: tuple[slice, str]) -> Array:
         """One part of some records [n, record_bytes] as rows of blocks [n * out_i, row_bytes]."""

@@ -15,6 +15,7 @@ from ds4py.config import LayerPlan, ModelConfig
 from ds4py.errors import ConfigError
 from ds4py.formats.bundle import RecordLayout
 from ds4py.kernels.build import Launcher
+from ds4py.kernels.decoded import DecodedMaps
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import F32, Array, Dtype, LinearMaps, Ops, PackedWeight
 from ds4py.kernels.rounding import FP4_ROW_BLOCK, FP8_ROW_BLOCK
@@ -45,6 +46,8 @@ class Loader:
     """Runs the Metal kernels; None: plain operations."""
     streamed: ExpertSource | None = None
     """Where routed experts come from when they are not loaded."""
+    decoded: DecodedMaps | None = None
+    """Where resident experts' maps are kept once decoded."""
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = self.checkpoint.config
@@ -234,8 +237,8 @@ class Loader:
         gate, up, down = zip(layer.layout.slices(), layer.formats, strict=True)
         c = self.config
         return (
-            PackedWeight(records, (gate, up), c.hidden_size),
-            PackedWeight(records, (down,), c.moe_intermediate_size),
+            PackedWeight(records, (gate, up), c.hidden_size, self.decoded),
+            PackedWeight(records, (down,), c.moe_intermediate_size, self.decoded),
         )
 
 

@@ -121,16 +121,18 @@ def test_a_plan_adds_up(bundle: Path) -> None:
     """Resident where everything fits, then fewer and fewer slots, then a refusal in numbers."""
     everything = plan(bundle, memory="1GB")
     assert not everything.streamed and everything.spare > 0
-    assert everything.total == everything.fixed + everything.all_experts
-    tight = plan(bundle, memory=str(everything.total - 1))
-    assert tight.streamed and tight.spare >= 0
+    packed = everything.fixed + everything.all_experts
+    assert everything.total == packed + everything.decoded
+    assert plan(bundle, memory=str(packed + 1000)).decoded == 500
+    tight = plan(bundle, memory=str(packed - 1))
+    assert tight.streamed and tight.spare >= 0 and tight.decoded == 0
     least = tight.fixed + (LEAST + 12) * 32768
     smallest = plan(bundle, memory=str(least))
     assert sum(part.n_cached for part in smallest.slots) == LEAST
     with pytest.raises(OptionsError, match=r"too little: 50\.0 MB for the program, .* for 3 exp"):
         plan(bundle, memory=str(least - 1))
     with pytest.raises(OptionsError, match="without --experts resident"):
-        plan(bundle, memory=str(everything.total - 1), experts="resident")
+        plan(bundle, memory=str(packed - 1), experts="resident")
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
