@@ -65,6 +65,8 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def unallocated(host: npt.NDArray[Any]) -> mx.array:
-    """An array of that shape that is never computed."""
-    return mx.zeros(host.shape, getattr(mx, host.dtype.name))
+def unallocated(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An evaluated array of that shape: views of one zero."""
+    array = mx.broadcast_to(mx.array(0, dtype), shape)
+    mx.eval(array)
+    return array

@@ -7,21 +7,17 @@ own operations too.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
-import tempfile
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy.typing as npt
 
+from ds4py import assets
 from ds4py.bench import speed, traffic
 from ds4py.bench.blank import Blank, FormatOf, unallocated
 from ds4py.cache.rows import capacity
@@ -41,9 +37,13 @@ VIEWS = frozenset(
     "Transpose Unflatten View".split()
 )
 """MLX operations that only look at their input in another way."""
+IN_PLACE = "SliceUpdate"
+"""Writes a state's new rows into the old ones' memory."""
 KERNEL = "CustomKernel"
 REPEAT = 20
-"""Times a step is built; the first one plans its launches, the others replay them."""
+"""Times a step is built; the first ones are recorded, the others replay them."""
+TOGETHER = (2, 4, 8)
+"""Sequences that are decoded in one step."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,18 @@ class StepCost:
     """One step, its commit and the choice of the next token."""
 
     position: int
-    """Tokens before the step."""
+    """Tokens before the step, of each sequence."""
     n_tokens: int
+    """Of each sequence."""
+    n_sequences: int
     kernels: dict[str, int]
     """Launches of the project's kernels, by name."""
     operations: dict[str, int]
     """Launches of MLX's own operations, by primitive; a concatenation is one per input."""
     largest: tuple[str, int]
-    """The kernel with the largest new buffer, and its bytes."""
+    """What makes the largest new buffer, and its bytes."""
+    new_bytes: int
+    """Of all new buffers, most of which share memory one after the other."""
     build_ms: float
     """Processor time of building the step: the least of several."""
     n_bytes: dict[str, int]
@@ -69,53 +73,56 @@ class StepCost:
         return sum(self.kernels.values()) + sum(self.operations.values())
 
 
-class _Traced(Exception):
-    """Ends a trace before MLX would evaluate what it captured."""
-
-
 def trace_step(
-    config: ModelConfig, format_of: FormatOf, position: int, n_tokens: int = 1
+    config: ModelConfig,
+    format_of: FormatOf,
+    position: int,
+    n_tokens: int = 1,
+    n_sequences: int = 1,
 ) -> StepCost:
-    """A step of `n_tokens` after `position` tokens."""
-    launcher = _Recorder()
+    """A step of `n_tokens` of each sequence after `position` tokens."""
+    launcher = Launcher(METAL_KERNEL, adopt=_blank, lazy=True)
     loader = Loader(
         Blank(config, format_of), cast(Ops, MlxOps()), mx.bfloat16, True, True, launcher
     )
     model = loader.transformer()
-    found: list[StepCost] = []
+    times = []
 
-    def traced(tokens: mx.array) -> mx.array:
-        best, arrays = float("inf"), list[Array]()
-        for _ in range(REPEAT):
-            arrays.clear()  # its graph is gone by then in the decode loop, too
-            launcher.counters.clear()
-            state = state_at(model, position)
-            known, _ = _graph([*launcher.adopted, *state.pending()])
-            start = process_time()
-            arrays = _step(model, state, tokens, launcher)
-            best = min(best, process_time() - start)
-        kernels, operations = dict(launcher.counters), _operations(arrays, known)
-        n_bytes = traffic.bytes_per_token(model, loader.resident, state_at(model, position))
-        cost = StepCost(
-            position, n_tokens, kernels, operations, launcher.largest, 1000 * best, n_bytes
-        )
-        found.append(cost)
-        raise _Traced
+    def build() -> list[Array]:
+        states = [state_at(model, position) for _ in range(n_sequences)]
+        tokens = unallocated((n_sequences * n_tokens,), mx.int32)
+        start = process_time()
+        arrays = step(model, states, tokens, launcher)
+        times.append(process_time() - start)
+        return arrays
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Traced):
-        path, tokens = str(Path(folder) / "step"), mx.zeros((n_tokens,), mx.int32)
-        mx.export_function(path, traced, tokens)
-    return found[0]
+    nodes = graph(build, REPEAT if n_tokens == 1 else 2)
+    kernels, operations, sizes = _count(nodes)
+    n_bytes = traffic.bytes_per_token(model, loader.resident, state_at(model, position))
+    return StepCost(
+        *(position, n_tokens, n_sequences, kernels, operations),
+        *(max(sizes, key=lambda made: made[1]), sum(size for _, size in sizes)),
+        *(1000 * min(times), n_bytes if n_tokens == n_sequences == 1 else {}),
+    )
 
 
-def _step(
-    model: Transformer, state: SequenceState, tokens: mx.array, launcher: Launcher
+def _blank(host: npt.NDArray[Any]) -> mx.array:
+    return unallocated(host.shape, getattr(mx, host.dtype.name))
+
+
+def step(
+    model: Transformer, states: Sequence[SequenceState], tokens: mx.array, launcher: Launcher
 ) -> list[Array]:
-    """As `engine.decode` does it."""
-    logits, delta = model.step(tokens, state, 1)
-    state.commit(delta, tokens.shape[0])
-    sampler = Sampler(SamplingOptions(seed=1), [], logits.shape[-1], launcher=launcher)
-    return [sampler(logits[-1], state.position), logits, *state.pending()]
+    """As `engine.decode` does it: what one step leaves to evaluate."""
+    n = tokens.shape[0] // len(states)
+    sequences = [(state, n) for state in states]
+    logits, deltas = model.step_together(tokens, sequences, len(states))
+    arrays: list[Array] = [logits]
+    for i, (state, delta) in enumerate(zip(states, deltas, strict=True)):
+        state.commit(delta, n)
+        sampler = Sampler(SamplingOptions(seed=1), [], logits.shape[-1], launcher=launcher)
+        arrays += [sampler(logits[i], state.position), *state.pending()]
+    return arrays
 
 
 def state_at(model: Transformer, position: int) -> SequenceState:
@@ -124,47 +131,54 @@ def state_at(model: Transformer, position: int) -> SequenceState:
     for s in state.series:
         store = state.rows[s.name]
         n_layers, _, width = store.data.shape
-        store.data = mx.zeros((n_layers, capacity(s.count(position)), width), store.data.dtype)
-    values = {name: mx.zeros(v.shape) for name, v in state.frontier.values.items()}
-    window = mx.zeros(state.frontier.window.shape, state.frontier.window.dtype)
+        shape = (n_layers, capacity(s.count(position)), width)
+        store.data = unallocated(shape, store.data.dtype)
+    values = {name: unallocated(v.shape, mx.float32) for name, v in state.frontier.values.items()}
+    window = unallocated(state.frontier.window.shape, state.frontier.window.dtype)
     state.frontier = Frontier(position, window, values)
     return state
 
 
-class _Recorder(Launcher):
-    """A launcher that remembers the largest buffer of a step."""
-
-    def __init__(self) -> None:
-        super().__init__(METAL_KERNEL, adopt=self._adopt)
-        self.largest = ("", 0)
-        self.adopted: list[mx.array] = []
-
-    def _adopt(self, host: npt.NDArray[Any]) -> mx.array:
-        self.adopted.append(unallocated(host))
-        return self.adopted[-1]
-
-    def launch(self, name: str, *rest: Any) -> list[Array]:
-        for shape, dtype in rest[-1]:
-            self.largest = max(self.largest, (name, prod(shape) * dtype.size), key=lambda x: x[1])
-        return super().launch(name, *rest)
+Node = dict[str, Any]
 
 
-def _operations(arrays: list[Array], known: Container[str]) -> dict[str, int]:
-    """Launches of MLX's own operations in the graph below `arrays`, without `known` nodes."""
-    nodes, inputs = _graph(arrays)
-    counted: Counter[str] = Counter()
-    for node, name in nodes.items():
-        if name != KERNEL and name not in VIEWS and node not in known:
-            counted[name] += inputs[node] if name == "Concatenate" else 1
-    return dict(counted)
+def graph(build: Callable[[], list[Array]], repeat: int = 1) -> list[Node]:
+    """The graph of what `build` makes the last of several times, as MLX exports it: constants, and
+    a node for every primitive: its name, arguments, inputs and outputs."""
+    nodes: list[Node] = []
+
+    def traced(unused: mx.array) -> list[Array]:
+        made = build()
+        for _ in range(1, repeat):
+            made = build()
+        return made
+
+    mx.export_function(nodes.append, traced, mx.zeros(()))
+    return nodes
 
 
-def _graph(arrays: list[Array]) -> tuple[dict[str, str], Counter[str]]:
-    """The primitives below some arrays, and how many inputs each has."""
-    text = io.StringIO()
-    mx.export_to_dot(text, *arrays)
-    nodes = dict(re.findall(r'\{ (\d+) \[label ="(\w+)"', text.getvalue()))
-    return nodes, Counter(re.findall(r"-> (\d+)$", text.getvalue(), re.MULTILINE))
+def _count(nodes: Sequence[Node]) -> tuple[dict[str, int], dict[str, int], list[tuple[str, int]]]:
+    """Launches of kernels, of MLX's operations, and every new buffer's bytes with its maker."""
+    kernels, operations, sizes = Counter[str](), Counter[str](), list[tuple[str, int]]()
+    for node in nodes:
+        name = node.get("name")
+        if name is None or name in VIEWS:
+            continue
+        if name == KERNEL:
+            name = _kernel_name(node["arguments"][0])
+            kernels[name] += 1
+        else:
+            operations[name] += len(node["inputs"]) if name == "Concatenate" else 1
+        if name != IN_PLACE:
+            made = (prod(shape) * dtype.size for _, shape, dtype in node["outputs"])
+            sizes += [(name, size) for size in made]
+    return dict(kernels), dict(operations), sizes
+
+
+def _kernel_name(function: str) -> str:
+    """Of the file it comes from; MLX appends the template's values."""
+    names = (path.stem for path in assets.path("metal").glob("*.metal"))
+    return next(name for name in names if function.startswith(f"custom_kernel_{name}_"))
 
 
 @dataclass(frozen=True)

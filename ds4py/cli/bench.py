@@ -15,6 +15,9 @@ from ds4py.sizes import format_size
 if TYPE_CHECKING:
     from ds4py.bench.kernels import StepCost
 
+POSITIONS = (1000, 100_000, 1_000_000)
+"""Tokens before the steps that are counted."""
+
 
 def run_speed(model: ModelChoice, tokens: int, repeat: int, json_only: bool) -> int:
     """Measure tokens per second; a table, then one line of JSON. The exit code."""
@@ -79,11 +82,14 @@ def run_kv(model: ModelChoice, repeat: int, with_trace: bool, json_only: bool) -
 
 
 def run_kernels(model: ModelChoice, positions: Sequence[int], json_only: bool) -> int:
-    """Count what a step launches and reads, and time it on a GPU. The exit code."""
+    """Count what a step launches and reads, and time it on a GPU: a token after each of
+    `positions`; after the last one, tokens of several sequences together, and a prompt's chunk.
+    The exit code."""
     tell_mlx()
     from ds4py.bench import kernels, machine
     from ds4py.config import ModelConfig
     from ds4py.engine.engine import resolve
+    from ds4py.engine.options import EngineOptions
     from ds4py.kernels import build
     from ds4py.quant.recipe import default_format
     from ds4py.weights.files import ModelFiles
@@ -94,11 +100,16 @@ def run_kernels(model: ModelChoice, positions: Sequence[int], json_only: bool) -
     else:
         announce(model)
         config = ModelFiles.at(resolve(model.name, models_directory())).config
-    costs = [kernels.trace_step(config, default_format, n) for n in positions]
+    longest, chunk = config.max_position_embeddings, EngineOptions().prefill_chunk
+    at = [n for n in positions or POSITIONS if n < longest] or [longest - 1]
+    costs = [kernels.trace_step(config, default_format, n) for n in at]
+    costs += [kernels.trace_step(config, default_format, at[-1], 1, s) for s in kernels.TOGETHER]
+    before = max(0, min(at[-1], longest - chunk))
+    costs.append(kernels.trace_step(config, default_format, before, chunk))
     times = []
     if build.metal_available() and path.suffix != ".json":
         engine, _ = open_engine(Settings(model))
-        times = [kernels.time_token(engine, n) for n in positions if n + 32 <= engine.context]
+        times = [kernels.time_token(engine, n) for n in at if n + 32 <= engine.context]
     if not json_only:
         for cost in costs:
             _print_cost(cost)
@@ -119,9 +130,17 @@ def run_kernels(model: ModelChoice, positions: Sequence[int], json_only: bool) -
 
 
 def _print_cost(cost: "StepCost") -> None:
-    total = sum(cost.n_bytes.values())
-    print(f"one token after {cost.position}: {cost.launches} launches, {format_size(total)} read")
-    print(f"  built in {cost.build_ms:.2f} ms; largest new buffer {format_size(cost.largest[1])}")
+    what, single = "one token", cost.n_tokens == cost.n_sequences == 1
+    if cost.n_sequences > 1:
+        what = f"{cost.n_sequences} sequences' tokens"
+    elif cost.n_tokens > 1:
+        what = f"a prompt's {cost.n_tokens} tokens"
+    read = f", {format_size(sum(cost.n_bytes.values()))} read" if single else ""
+    print(f"{what} after {cost.position}: {cost.launches} launches{read}")
+    maker, size = cost.largest
+    print(f"  built in {cost.build_ms:.2f} ms; largest new buffer {format_size(size)}, of {maker}")
+    if not single:
+        return
     for name, count in sorted(cost.kernels.items(), key=lambda item: -item[1]):
         print(f"  {name:20} {count:5}")
     print(f"  {'of MLX':20} {sum(cost.operations.values()):5}   {_listed(cost.operations)}")

@@ -423,19 +423,24 @@ def kernels(
     ] = None,
     at: Annotated[
         list[int] | None,
-        typer.Option(min=1, metavar="N", help="Tokens before the step. Repeatable."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens before the step. Repeatable. Default: 1000, 100000 and 1000000.",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
 ) -> int:
     """Count what the Metal kernels launch and read for one token, and time building a step.
 
     Nothing is computed, so a config.json is enough, and no GPU is needed: weights count as the
-    default recipe stores them. On a Mac a model that is there is timed, too, against how fast its
+    default recipe stores them. After the last N, steps of several sequences and of a prompt's
+    chunk are counted, too. On a Mac a model that is there is timed, too, against how fast its
     GPU reads memory. Prints tables and, as the last line, JSON.
     """
     from ds4py.cli.bench import run_kernels
 
-    return run_kernels(given.choose_model(model), at or [1000, 100_000], json)
+    return run_kernels(given.choose_model(model), at or [], json)
 
 
 @bench.command(short_help="Measure the quantisers.")

@@ -11,7 +11,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -60,8 +60,7 @@ class KernelText:
 def stripped(text: str) -> str:
     """Without comments, indentation and empty lines.
 
-    MLX copies a kernel's text for every launch, and the graph of a step keeps the copies: of texts
-    as they are written that would be 20 MB, most of the time of building a step.
+    MLX copies a kernel's text for every launch but those it replays, and keeps the copies.
     """
     lines = (re.sub(r"\s*//.*$", "", line).strip() for line in text.splitlines())
     return "".join(f"{line}\n" for line in lines if line)
@@ -109,15 +108,25 @@ def _read(name: str) -> str:
         raise KernelError(f"{path} is not readable as ASCII text ({exc})") from exc
 
 
-class _Launch(NamedTuple):
-    """One launch while it is recorded."""
+MOST_PIECES = 4096
+"""Pieces kept, of one to six launches and some 20 KB of text each; eight sequences at once have
+2,700 in turn."""
 
-    name: str
-    kernel: Kernel
-    inputs: Sequence[Array]
-    how: dict[str, Any]
-    """All other arguments."""
-    made: list[Array]
+
+@dataclass
+class _Piece:
+    """A part of a step that was launched before."""
+
+    function: Callable[..., Any] | None = None
+    """What MLX recorded: the same launches for other arrays."""
+    launches: Counter[str] = field(default_factory=Counter)
+    """Of one use."""
+    n_uses: int = 0
+
+    @property
+    def total(self) -> Counter[str]:
+        """Launches of all uses."""
+        return Counter({name: n * self.n_uses for name, n in self.launches.items()})
 
 
 class Launcher:
@@ -130,20 +139,26 @@ class Launcher:
         read: Callable[[str], KernelText] = read_kernel,
         adopt: Callable[[npt.NDArray[Any]], mx.array] = mx.array,
         strip: bool = True,
+        lazy: bool = False,
     ):
         """make: builds a kernel, once per name. finish: waits for the outputs of the first launch
         of every variant, so that a text that does not compile is reported by name instead of in
         the evaluation of a whole step; None: never wait. read: finds a kernel's text. adopt: host
-        memory -> a device array. strip: hand over texts `stripped`, not line by line as written."""
+        memory -> a device array. strip: hand over texts `stripped`, not line by line as written.
+        lazy: whether launches are MLX's own, which do nothing yet and so can be replayed."""
         self._make, self._finish, self._read = make, finish, read
-        self.adopt, self._strip = adopt, strip
+        self.adopt, self._strip, self._lazy = adopt, strip, lazy
         self._kernels: dict[str, Kernel] = {}
-        self._variants: dict[tuple[str, Template], tuple[str, Kernel]] = {}
-        self._tapes: dict[Hashable, list[tuple[str, Kernel, list[Any], dict[str, Any]]]] = {}
-        self._tape: list[_Launch] | None = None  # while one is recorded
+        self._pieces: dict[Hashable, _Piece] = {}
+        self._run: Callable[..., Any] | None = None  # of the piece that is being replayed
+        self._tracing = False
         self._finished: set[Any] = set()
-        self.counters: Counter[str] = Counter()
+        self._launched: Counter[str] = Counter()  # one by one
+
+    @property
+    def counters(self) -> Counter[str]:
         """Launches by kernel name."""
+        return sum((piece.total for piece in self._pieces.values()), self._launched)
 
     def launch(
         self,
@@ -160,8 +175,8 @@ class Launcher:
         """
         kernel = self._kernels.get(name)
         if kernel is None:
-            kernel = self._kernels[name] = self._build(name, name)
-        self.counters[name] += 1
+            kernel = self._kernels[name] = self._build(name)
+        self._launched[name] += 1
         how = {
             "template": template,
             "grid": grid,
@@ -169,78 +184,10 @@ class Launcher:
             "output_shapes": [shape for shape, _ in outputs],
             "output_dtypes": [dtype for _, dtype in outputs],
         }
-        made = self._first(name, kernel, inputs, how)
-        if self._tape is not None:
-            self._tape.append(_Launch(name, kernel, inputs, how, made))
-        return made
-
-    def replay(
-        self, key: Hashable | None, arrays: Sequence[Array], run: Callable[[Launcher], Any]
-    ) -> list[Array]:
-        """What the last launch of `run` makes; from the second time on without running it, but for
-        key None.
-
-        For steps, whose hundreds of launches differ from those of the step before in their inputs
-        alone: building grids, templates and shapes anew would take longer than launching. `run`
-        must hand `arrays` to its launches as they are, and whatever else they get, grids and
-        templates too, must follow from `key`.
-        """
-        tape = self._tapes.get(key) if key is not None else None
-        if tape is None:
-            return self._record(key, arrays, run)
-        have, made = list(arrays), []
-        for name, kernel, slots, how in tape:
-            self.counters[name] += 1
-            made = kernel(inputs=[have[s] if type(s) is int else s for s in slots], **how)
-            have += made
-        return made
-
-    def _record(
-        self, key: Hashable | None, arrays: Sequence[Array], run: Callable[[Launcher], Any]
-    ) -> list[Array]:
-        self._tape, tape = [], []
-        try:
-            run(self)
-            launches = self._tape
-        finally:
-            self._tape = None
-        if key is None:
-            return launches[-1].made
-        place = {id(x): i for i, x in reversed(list(enumerate(arrays)))}
-        for launch in launches:
-            slots = [place.get(id(x), x) for x in launch.inputs]
-            kernel, how = self._fixed(launch)
-            tape.append((launch.name, kernel, slots, how))
-            first = len(arrays) + sum(len(done.made) for done in launches[: len(tape) - 1])
-            place |= {id(x): first + i for i, x in enumerate(launch.made)}
-        self._tapes[key] = tape
-        return launches[-1].made
-
-    def _fixed(self, launch: _Launch) -> tuple[Kernel, dict[str, Any]]:
-        """A launch's kernel with the template's values written into its text, and its arguments:
-        without a template MLX spends a third less time on a launch."""
-        template = tuple(launch.how["template"])
-        how = {name: value for name, value in launch.how.items() if name != "template"}
-        name, kernel = self._variants.get((launch.name, template), ("", launch.kernel))
-        if not name:
-            name = f"{launch.name}_{len(self._variants)}"
-            kernel = self._build(launch.name, name, "".join(_defined(*pair) for pair in template))
-            self._variants[launch.name, template] = name, kernel
-        if self._finish is not None:
-            self._first(name, kernel, launch.inputs, how)
-        return kernel, how
-
-    def _first(
-        self, name: str, kernel: Kernel, inputs: Sequence[Array], how: dict[str, Any]
-    ) -> list[Array]:
-        """Launch; wait if it is the first of its variant."""
-        if self._finish is None:
+        if self._finish is None or self._tracing:
             return kernel(inputs=inputs, **how)
-        variant = (
-            name,
-            tuple(how.get("template", ())),
-            tuple((x.dtype, x.size < SMALL) for x in inputs),
-        )
+        types = tuple((x.dtype, x.size < SMALL) for x in inputs)
+        variant = (name, tuple(template), types)
         if variant in self._finished:
             return kernel(inputs=inputs, **how)
         try:
@@ -254,38 +201,67 @@ class Launcher:
         self._finished.add(variant)
         return made
 
-    def _build(self, name: str, variant: str, definitions: str = "") -> Kernel:
+    def replay(
+        self, key: Hashable | None, arrays: Sequence[Any], run: Callable[..., Sequence[Any]]
+    ) -> Sequence[Any]:
+        """`run(*arrays)`, without running it from the third time on, but for key None.
+
+        For steps, whose hundreds of launches differ from those of the step before in their inputs
+        alone. The second time MLX records the launches in a function of its own; replaying that
+        takes a tenth of the time, because it copies no kernel's text. Whatever `run` hands to its
+        launches besides `arrays`, grids and templates too, must follow from `key`, and lives as
+        long as the record: weights do, a sequence's rows must be among the arrays. The first time
+        `run` runs as it is, so that kernels that do not compile are named.
+
+        arrays: arrays or tuples of them, or None; so is what `run` returns.
+        """
+        if key is None or not self._lazy:
+            return run(*arrays)
+        piece = self._pieces.pop(key, None)
+        if piece is None:
+            made = run(*arrays)
+            self._pieces[key] = _Piece()
+            if len(self._pieces) > MOST_PIECES:
+                self._forget(next(iter(self._pieces)))
+            return made
+        self._pieces[key] = piece  # behind all others: the first was used longest ago
+        if piece.function is None:
+            piece.function = self._recorded(piece)
+        piece.n_uses += 1
+        self._run = run
+        try:
+            return cast(Sequence[Any], piece.function(*arrays))
+        finally:
+            self._run = None  # it may hold a sequence's arrays
+
+    def _recorded(self, piece: _Piece) -> Callable[..., Any]:
+        """A function that launches what `_run` does. MLX calls it for new shapes of arrays only."""
+
+        def record(*arrays: Any) -> Any:
+            assert self._run is not None
+            before, self._tracing = self._launched.copy(), True
+            try:
+                return self._run(*arrays)
+            finally:
+                piece.launches = self._launched - before
+                self._launched, self._tracing = before, False
+
+        return mx.compile(record)
+
+    def _forget(self, key: Hashable) -> None:
+        piece = self._pieces.pop(key)
+        self._launched += piece.total
+
+    def _build(self, name: str) -> Kernel:
         text = self._read(name)
-        header = stripped(text.header) if self._strip else text.header
         return self._make(
-            name=variant,
+            name=name,
             input_names=list(text.inputs),
             output_names=list(text.outputs),
-            header=header + definitions,
+            header=stripped(text.header) if self._strip else text.header,
             source=stripped(text.body) if self._strip else text.body,
             ensure_row_contiguous=False,
         )
-
-
-TYPE_NAMES = {
-    mx.float32: "float",
-    mx.float16: "float16_t",
-    mx.bfloat16: "bfloat16_t",
-    mx.uint8: "uint8_t",
-    mx.uint16: "uint16_t",
-    mx.uint32: "uint32_t",
-    mx.uint64: "uint64_t",
-    mx.int32: "int32_t",
-}
-"""Types as MLX writes them."""
-
-
-def _defined(name: str, value: int | bool | Dtype) -> str:
-    """What stands for a template parameter of that value."""
-    if isinstance(value, mx.Dtype):
-        return f"typedef {TYPE_NAMES[value]} {name};\n"
-    kind = "bool" if isinstance(value, bool) else "int"
-    return f"constant constexpr {kind} {name} = {int(value)};\n"
 
 
 def metal_available() -> bool:
@@ -301,7 +277,7 @@ def metal_launcher() -> Launcher:
             f"(MLX {MLX_VERSION} on {platform.system()}); use 'reference', or 'auto', which "
             "takes Metal where it is"
         )
-    return Launcher(finish=mx.eval, adopt=adopt)
+    return Launcher(finish=mx.eval, adopt=adopt, lazy=True)
 
 
 def adopt(host: npt.NDArray[Any]) -> mx.array:

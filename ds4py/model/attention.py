@@ -7,6 +7,7 @@ position. The attention reads the state's rows plus the rows of its own delta.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ds4py.cache.rows import RowFormat
 from ds4py.cache.state import LayerDelta, Series
@@ -54,15 +55,7 @@ class Attention:
     """How many those are at most: index_topk."""
     rows: RowFormat
 
-    def __call__(self, x: Array, plans: StepPlans) -> tuple[Array, list[LayerDelta]]:
-        """x [S, D], normed, of all sequences -> wo_b's input [S, G*o_lora] and what the layer adds
+    def __call__(self, x: Array, plans: StepPlans) -> tuple[Any, list[LayerDelta]]:
+        """x [S, D], normed, of all sequences -> what `Fused.leave` takes, and what the layer adds
         to each state."""
-        projected = self.fused.project(x, self.w_in)
-        queries = self.fused.queries(projected, self)
-        prepared = self.fused.prepare(projected, queries, self, plans)
-        outputs = []
-        for plan, (heads, delta) in zip(plans.each, prepared, strict=True):
-            chosen = self.fused.choose(heads, delta, self, plan)
-            outputs.append(self.fused.attend(heads, delta, chosen, self, plan))
-        o = outputs[0] if len(outputs) == 1 else self.fused.ops.concatenate(outputs)
-        return self.fused.grouped(o, self.wo_a), [delta for _, delta in prepared]
+        return self.fused.attend(self.fused.project(x, self, plans), self, plans)

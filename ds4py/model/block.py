@@ -31,8 +31,8 @@ class Block:
         """tokens [S] of all sequences -> the streams after the layer, for `reader`, and what the
         layer adds to each sequence."""
         x, residual = self.fused.enter(streams, self.hc_attn, self.attn_norm)
-        y, deltas = self.attn(x, plans)
-        streams = self.fused.leave(y, self.attn.wo_b, residual, self.hc_ffn)
+        attended, deltas = self.attn(x, plans)
+        streams = self.fused.leave(attended, self.attn, residual, self.hc_ffn)
         self.ffn.experts.foresee(self.ffn.index, streams.values)
         x, residual = self.fused.enter(streams, self.hc_ffn, self.ffn_norm)
         return self.ffn(x, tokens, residual, reader), deltas

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ds4py.model.attention import Attention
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
-    from ds4py.model.plan import StepPlan, StepPlans
+    from ds4py.model.plan import StepPlans
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,6 @@ class Residual:
     """[S, H, D]"""
     gates: Any
     """How the output and the old streams make the new ones: post [S, H] and comb [S, H, H]."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The queries of one layer."""
-
-    q: Array
-    """[S, heads, hd], normed and rotated."""
-    index: Any = None
-    """The indexer's queries and weights; None where nothing is chosen."""
 
 
 @dataclass(frozen=True)
@@ -90,39 +80,24 @@ class Fused(Protocol):
         """Mix the streams into a sublayer's input, normed: [S, D], and keep the rest."""
         ...
 
-    def project(self, x: Array, weight: LinearMaps) -> Any:
-        """x [S, in] through maps that share it, for `queries` and `prepare` to read."""
-        ...
-
-    def queries(self, projected: Any, layer: Attention) -> Any:
-        """The latent query in `projected`, normed, through w_q."""
-        ...
-
-    def prepare(
-        self, projected: Any, queries: Any, layer: Attention, plans: StepPlans
-    ) -> list[tuple[Heads, LayerDelta]]:
-        """Norm and rotate queries; norm, rotate and pack the new rows; pool windows that close:
-        for each sequence of the step. What follows looks at one sequence's rows at a time."""
-        ...
-
-    def choose(self, heads: Heads, delta: LayerDelta, layer: Attention, plan: StepPlan) -> Any:
-        """Which compressed rows each query attends to; None: it sees all it may."""
+    def project(self, x: Array, layer: Attention, plans: StepPlans) -> Any:
+        """x [S, D] through the maps that share it, and the latent query, normed, through w_q: for
+        `attend` to read."""
         ...
 
     def attend(
-        self, heads: Heads, delta: LayerDelta, chosen: Any, layer: Attention, plan: StepPlan
-    ) -> Array:
-        """Attention over window and compressed rows, rotated back: [S, groups, heads*hd/groups]."""
-        ...
-
-    def grouped(self, o: Array, weight: LinearMaps) -> Array:
-        """Each group of o [S, G, in] through its own map: [S, G*out]."""
+        self, projected: Any, layer: Attention, plans: StepPlans
+    ) -> tuple[Any, list[LayerDelta]]:
+        """Norm and rotate queries; norm, rotate and pack the new rows; pool windows that close;
+        choose compressed rows; attend to window and compressed rows, and rotate back: for each
+        sequence of the step, which sees its own rows only. For `leave`, and what the layer adds to
+        each sequence."""
         ...
 
     def leave(
-        self, y: Array, weight: LinearMaps, residual: Residual, reader: HyperWeights
+        self, attended: Any, layer: Attention, residual: Residual, reader: HyperWeights
     ) -> Streams:
-        """Project a sublayer's result y [S, in] to D channels and add it to the streams."""
+        """Each group of heads through its own map, side by side through wo_b, into the streams."""
         ...
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:

@@ -8,9 +8,9 @@ lists it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -24,19 +24,77 @@ from ds4py.kernels.formats import PackedMatrix
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype
-from ds4py.model.fused import Heads, Residual, Routing, Streams
+from ds4py.model.fused import Residual, Routing, Streams
 from ds4py.model.reference import Reference
 
 if TYPE_CHECKING:
     from ds4py.model.attention import Attention
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
-    from ds4py.model.plan import Closing, StepPlan, StepPlans
+    from ds4py.model.plan import StepPlan, StepPlans
 
 Packed = tuple[PackedMatrix, ...]
+Projected = Sequence[tuple[Array, Array]]
 
 PLAIN = ("experts streamed from disk, and their router", "experts while observed", "draft input")
 """What runs as plain MLX operations, wholly or in part."""
+
+
+class Reads(NamedTuple):
+    """What the layers of one ratio read in a step of one sequence; None: there is nothing."""
+
+    window: Array
+    """The state's window rows, [L, W-1, row_width]."""
+    table: Array
+    """`rope.table` of the new tokens."""
+    step: Array
+    """int32 [2]: the first new position, and the compressed rows committed."""
+    visible: Array
+    """int32 [S, 1]: compressed rows each token sees."""
+    pooled: Array | None = None
+    """Committed rows, [layers, capacity, row_width]."""
+    indexed: Array | None = None
+    """The indexer's, [layers, capacity, index_row_width]."""
+    history: Array | None = None
+    """What rows that close pool over: values of the tokens before, [layers, c*r - 1, 2*c*d]."""
+    index_history: Array | None = None
+    closing: Array | None = None
+    """`rope.table` of the rows that close."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How layers of one ratio see a step of one sequence."""
+
+    reads: Reads
+    n_rows: int
+    """Compressed rows, committed and new."""
+    n_new: int
+    n_chosen: int | None
+    """How many of them the indexer leaves; None: all."""
+
+    @cached_property
+    def key(self) -> tuple[int, ...]:
+        """What grids and templates follow from; with the None's among `reads`."""
+        attended = self.reads.window.shape[1] + 1 + (self.n_chosen or self.n_rows)
+        parts = attend.parts(attended, attend.MOST_PARTS)
+        if self.n_chosen is None:
+            return self.n_new, parts
+        return self.n_new, parts, min(self.n_rows // index.ROWS_PER_PART, index.MOST_THREADGROUPS)
+
+
+class Attended(NamedTuple):
+    """What one layer makes of one sequence's tokens."""
+
+    o: Array
+    """[S, heads * hd]"""
+    row: Array
+    """[S, row_width]"""
+    values: Array | None
+    index_values: Array | None
+    rows: Array | None
+    """That close, [n_new, row_width]."""
+    index_rows: Array | None
 
 
 @dataclass(frozen=True)
@@ -79,229 +137,165 @@ class Metal(Reference):
         return numbers(c.rms_norm_eps, (c.index_head_dim * c.index_n_heads) ** -0.5)
 
     def embed(self, table: Array, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
-        fn = reader.fn.arrays[0]
+        def run(tokens: Array) -> Sequence[Array]:
+            fn = reader.fn.arrays[0]
+            return hyper.embed(self.launcher, tokens, table, fn, n_streams, self.dtype)
 
-        def run(launcher: Launcher) -> object:
-            return hyper.embed(launcher, tokens, table, fn, n_streams, self.dtype)
-
-        return Streams(*self._launch(("embed",), tokens, (tokens,), run))
+        return Streams(*self._replay(("embed", id(reader)), tokens, (tokens,), run))
 
     def enter(self, streams: Streams, reader: HyperWeights, norm: Array) -> tuple[Array, Residual]:
-        x, gates = self._mix(streams, reader, norm, self.config.hc_sinkhorn_iters)
+        def run(values: Array, partials: Array | None) -> Sequence[Array]:
+            return self._mix(values, partials, reader, norm, self.config.hc_sinkhorn_iters)
+
+        given, key = (streams.values, streams.partials), ("enter", id(reader))
+        x, gates = self._replay((*key, streams.partials is None), given[0], given, run)
         return x, Residual(streams.values, gates)
 
     def _mix(
-        self, streams: Streams, reader: HyperWeights, norm: Array, iters: int
+        self, x: Array, partials: Array | None, reader: HyperWeights, norm: Array, iters: int
     ) -> tuple[Array, Array]:
-        """x [S, D], normed, and the gates; iters 0: the head's form."""
-        partials, eps, x = streams.partials, self.config.rms_norm_eps, streams.values
+        """Streams x [S, H, D] -> [S, D], normed, and the gates; iters 0: the head's form."""
+        epsilons = numbers(reader.norm_eps, reader.eps, self.config.rms_norm_eps)
         if partials is None:
             partials = hyper.products(self.ops, x, reader)
-        epsilons = numbers(reader.norm_eps, reader.eps, eps)
+        base, scale = reader.base, reader.scale
+        return hyper.pre(self.launcher, x, partials, base, scale, norm, epsilons, iters)
 
-        def run(launcher: Launcher) -> object:
-            base, scale = reader.base, reader.scale
-            return hyper.pre(launcher, x, partials, base, scale, norm, epsilons, iters)
+    def project(self, x: Array, layer: Attention, plans: StepPlans) -> Projected:
+        """Of each sequence: float32 [S, sum of w_in's rows], [S, heads*hd + index heads*d]."""
 
-        key = ("pre", id(reader), partials.shape[0])
-        collapsed, gates = self._launch(key, x, (x, partials), run)
-        return collapsed, gates
+        def run(x: Array) -> Projected:
+            projected, eps = self._dense(x, layer.w_in), self.config.rms_norm_eps
+            queries = self._dense(projected, layer.w_q, norm=layer.q_norm, eps=eps)
+            if len(plans.rows) == 1:
+                return [(projected, queries)]
+            return [(projected[rows], queries[rows]) for rows in plans.rows]
 
-    def project(self, x: Array, weight: Packed) -> Array:
-        """Float32 [S, sum of out], the maps' results side by side."""
-        return self._dense(x, weight)
-
-    def queries(self, projected: Array, layer: Attention) -> Array:
-        """Float32 [S, heads*hd + index heads*d]."""
-        eps = self.config.rms_norm_eps
-        return self._dense(projected, layer.w_q, norm=layer.q_norm, eps=eps)
-
-    def prepare(
-        self, projected: Array, queries: Array, layer: Attention, plans: StepPlans
-    ) -> list[tuple[Heads, LayerDelta]]:
-        if len(plans.each) == 1:
-            return [self._prepare(projected, queries, layer, plans.each[0])]
-        return [
-            self._prepare(projected[rows], queries[rows], layer, plan)
-            for plan, rows in zip(plans.each, plans.rows, strict=True)
-        ]
-
-    def _prepare(
-        self, projected: Array, queries: Array, layer: Attention, plan: StepPlan
-    ) -> tuple[Heads, LayerDelta]:
-        main, index = layer.compressor, layer.indexer
-        closing = None if main is None else plan.closing[main.series.name]
-        table, step = plan.table(layer.layer), plan.origin if closing is None else closing.step
-
-        def run(launcher: Launcher) -> object:
-            return heads.prepare(
-                launcher,
-                self.shapes[layer.layer.ratio],
-                projected,
-                queries,
-                table,
-                layer.kv_norm,
-                None if main is None else main.ape,
-                None if index is None else index.ape,
-                step,
-                self.constants,
-                self.dtype,
-            )
-
-        given = (projected, queries, table, step)
-        q, row, values, index_values, *index_heads = self._launch(
-            ("prepare", id(layer)), projected, given, run
-        )
-        delta = LayerDelta(row)
-        if main is not None and closing is not None:
-            delta.values[main.series.name] = values
-            if index is not None:
-                delta.values[index.series.name] = index_values
-            if closing.n_new:
-                self._pool(projected, layer, closing, delta, plan)
-        return Heads(q, index_heads), delta
-
-    def _pool(
-        self,
-        projected: Array,
-        layer: Attention,
-        closing: Closing,
-        delta: LayerDelta,
-        plan: StepPlan,
-    ) -> None:
-        """The rows that the new tokens complete go into the delta."""
-        series = [c for c in (layer.compressor, layer.indexer) if c is not None]
-        values = plan.state.frontier.values
-        known = [compress.Frontier(values[c.series.name], c.ape, c.norm) for c in series]
-        place = integers(layer.slot, plan.state.slot[series[0].series.name, layer.slot])
-
-        def run(launcher: Launcher) -> object:
-            return compress.rows(
-                launcher,
-                self.shapes[layer.layer.ratio],
-                projected,
-                closing.n_new,
-                closing.table,
-                known[0],
-                known[1] if len(known) > 1 else None,
-                place,
-                closing.step,
-                self.constants,
-                self.dtype,
-            )
-
-        given = (projected, closing.table, closing.step, *(k.history for k in known))
-        rows = self._launch(("pool", id(layer), closing.n_new), projected, given, run)
-        for compressor, new in zip(series, rows, strict=False):
-            delta.rows[compressor.series.name] = new
-
-    def choose(
-        self, heads: Heads, delta: LayerDelta, layer: Attention, plan: StepPlan
-    ) -> Array | None:
-        """int32 [S, index_topk], or None while every visible row fits."""
-        if layer.indexer is None:
-            return None
-        name = layer.indexer.series.name
-        closing = plan.closing[name]
-        n_rows = closing.n_old + closing.n_new
-        if n_rows <= layer.n_chosen:
-            return None
-        query, weights = heads.index
-        committed = plan.state.rows[name].data if closing.n_old else None
-        new, visible, step = delta.rows.get(name), closing.visible, closing.step
-        place = integers(layer.slot, plan.state.slot[name, layer.slot])
-
-        def run(launcher: Launcher) -> object:
-            return index.search(
-                launcher,
-                self.shapes[layer.layer.ratio],
-                query,
-                weights,
-                committed,
-                new,
-                n_rows,
-                visible,
-                place,
-                step,
-                layer.n_chosen,
-            )
-
-        given = [x for x in (query, weights, committed, new, visible, step) if x is not None]
-        n_parts = n_rows // index.ROWS_PER_PART
-        key = ("search", id(layer), n_parts, committed is None, new is None)
-        (ids,) = self._launch(key, query, given, run)
-        return ids
+        return self._replay(("project", id(layer), *plans.counts), x, (x,), run)
 
     def attend(
-        self,
-        heads: Heads,
-        delta: LayerDelta,
-        chosen: Array | None,
-        layer: Attention,
-        plan: StepPlan,
-    ) -> Array:
-        """[S, heads * hd]"""
-        stored = self._stored_rows(delta, layer, plan)
-        q, table, shape = heads.q, plan.table(layer.layer), self.shapes[layer.layer.ratio]
+        self, projected: Projected, layer: Attention, plans: StepPlans
+    ) -> tuple[list[Array], list[LayerDelta]]:
+        """[S, heads * hd] of each sequence."""
+        each = [
+            self._attend(*rows, layer, plan)
+            for rows, plan in zip(projected, plans.each, strict=True)
+        ]
+        return [o for o, _ in each], [delta for _, delta in each]
 
-        def run(launcher: Launcher) -> object:
-            return attend.rows(launcher, shape, q, stored, chosen, layer.sink, table)
+    def _attend(
+        self, projected: Array, queries: Array, layer: Attention, plan: StepPlan
+    ) -> tuple[Array, LayerDelta]:
+        view = plan.views.get(layer.layer.ratio)
+        if view is None:
+            view = plan.views[layer.layer.ratio] = self._view(layer, plan)
 
-        optional = (stored.pooled, stored.new, chosen)
-        given = [q, stored.window, stored.delta, stored.visible, stored.step, table]
-        n_rows = stored.n_pooled if chosen is None else min(stored.n_pooled, layer.n_chosen)
-        n_parts = attend.parts(stored.window.shape[1] + 1 + n_rows, attend.MOST_PARTS)
-        key = ("attend", id(layer), n_parts, *(x is None for x in optional))
-        (o,) = self._launch(key, q, [*given, *(x for x in optional if x is not None)], run)
-        return o
+        def run(projected: Array, queries: Array, reads: Reads) -> Attended:
+            return self._attention(projected, queries, reads, layer, view)
 
-    def _stored_rows(self, delta: LayerDelta, layer: Attention, plan: StepPlan) -> StoredRows:
-        window = plan.state.frontier.window
+        given = (projected, queries, view.reads)
+        key = ("attend", id(layer), view.reads.pooled is None, *view.key)
+        made = Attended(*self._replay(key, projected, given, run))
+        delta = LayerDelta(made.row)
+        for compressor, values, rows in (
+            (layer.compressor, made.values, made.rows),
+            (layer.indexer, made.index_values, made.index_rows),
+        ):
+            if compressor is not None:
+                delta.values[compressor.series.name] = values
+                if rows is not None:
+                    delta.rows[compressor.series.name] = rows
+        return made.o, delta
+
+    def _view(self, layer: Attention, plan: StepPlan) -> View:
+        window, table = plan.state.frontier.window, plan.table(layer.layer)
         if layer.compressor is None:
-            place = integers(layer.slot, 0)
-            return StoredRows(window, delta.window, None, None, 0, plan.nothing, place, plan.origin)
-        name = layer.compressor.series.name
-        closing = plan.closing[name]
-        return StoredRows(
-            window,
-            delta.window,
-            plan.state.rows[name].data if closing.n_old else None,
-            delta.rows.get(name),
-            closing.n_old + closing.n_new,
-            closing.visible,
-            integers(layer.slot, plan.state.slot[name, layer.slot]),
-            closing.step,
+            return View(Reads(window, table, plan.origin, plan.nothing), 0, 0, None)
+        names = [c.series.name for c in (layer.compressor, layer.indexer) if c is not None]
+        closing, values = plan.closing[names[0]], plan.state.frontier.values
+        reads = Reads(window, table, closing.step, closing.visible)
+        if closing.n_old:
+            rows = [plan.state.rows[name].data for name in names]
+            reads = reads._replace(**dict(zip(("pooled", "indexed"), rows, strict=False)))
+        if closing.n_new:
+            known = dict(zip(("history", "index_history"), map(values.get, names), strict=False))
+            reads = reads._replace(closing=closing.table, **known)
+        n_rows = closing.n_old + closing.n_new
+        chosen = layer.n_chosen if layer.indexer and n_rows > layer.n_chosen else None
+        return View(reads, n_rows, closing.n_new, chosen)
+
+    def _attention(
+        self, projected: Array, queries: Array, reads: Reads, layer: Attention, view: View
+    ) -> Attended:
+        """The launches of one layer for one sequence."""
+        on, shape, step = self.launcher, self.shapes[layer.layer.ratio], reads.step
+        main, index_ = layer.compressor, layer.indexer
+        new = new_indexed = ids = None
+        place = integers(layer.slot, main.series.layers.index(layer.slot) if main else 0)
+        ape, index_ape = (None if c is None else c.ape for c in (main, index_))
+        made = heads.prepare(
+            *(on, shape, projected, queries, reads.table, layer.kv_norm),
+            *(ape, index_ape, step, self.constants, self.dtype),
         )
-
-    def grouped(self, o: Array, weight: Packed) -> Array:
-        return self._dense(o, weight, groups=self.config.o_groups, result=self.dtype)
-
-    def leave(self, y: Array, weight: Packed, residual: Residual, reader: HyperWeights) -> Streams:
-        after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
-        if is_step(y):
-            given = (y, residual.streams, residual.gates)
-            return Streams(
-                *self._launch(
-                    ("leave", id(weight)),
-                    y,
-                    given,
-                    lambda on: dense.expand(on, y, weight[0], after),
-                )
+        if view.n_new:
+            known = [
+                compress.Frontier(history, c.ape, c.norm)
+                for c, history in ((main, reads.history), (index_, reads.index_history))
+                if c is not None
+            ]
+            new, new_indexed = compress.rows(
+                *(on, shape, projected, view.n_new, reads.closing, known[0]),
+                known[1] if len(known) > 1 else None,
+                *(place, step, self.constants, self.dtype),
             )
-        terms = dense.matmul(self.launcher, y, weight, self.dtype)[:, None]
-        return Streams(*dense.add(self.launcher, terms, after))
+        if view.n_chosen is not None:
+            ids = index.search(
+                *(on, shape, made.index_query, made.index_weights, reads.indexed, new_indexed),
+                *(view.n_rows, reads.visible, place, step, view.n_chosen),
+            )
+        stored = StoredRows(
+            *(reads.window, made.row, reads.pooled, new, view.n_rows, reads.visible),
+            *(place, step),
+        )
+        o = attend.rows(on, shape, made.q, stored, ids, layer.sink, reads.table)
+        return Attended(o, made.row, made.values, made.index_values, new, new_indexed)
+
+    def leave(
+        self, attended: list[Array], layer: Attention, residual: Residual, reader: HyperWeights
+    ) -> Streams:
+        def run(streams: Array, gates: Array, *parts: Array) -> Sequence[Array]:
+            o = parts[0] if len(parts) == 1 else mx.concatenate(list(parts))
+            y = self._dense(o, layer.wo_a, groups=self.config.o_groups, result=self.dtype)
+            after = dense.Residual(streams, gates, reader.fn.arrays[0])
+            if is_step(y):
+                return dense.expand(self.launcher, y, layer.wo_b[0], after)
+            terms = dense.matmul(self.launcher, y, layer.wo_b, self.dtype)[:, None]
+            return dense.add(self.launcher, terms, after)
+
+        given = (residual.streams, residual.gates, *attended)
+        return Streams(*self._replay(("leave", id(layer), len(attended)), given[0], given, run))
 
     def route(self, x: Array, layer: MoE, tokens: Array) -> Routing:
-        logits, c = self._dense(x, layer.w_in[:1]), self.config
-        if layer.experts.prefers and layer.bias is not None:
-            return self._route(logits, layer, tokens)
+        c = self.config
 
-        def run(launcher: Launcher) -> object:
-            n_chosen, scaling = c.num_experts_per_tok, c.routed_scaling_factor
-            table = layer.tid2eid
-            return route.experts(launcher, logits, n_chosen, scaling, layer.bias, table, tokens)
+        def run(x: Array, tokens: Array) -> Sequence[Array]:
+            logits = self._dense(x, layer.w_in[:1])
+            n_chosen, scaling, table = c.num_experts_per_tok, c.routed_scaling_factor, layer.tid2eid
+            on = self.launcher
+            return *route.experts(on, logits, n_chosen, scaling, layer.bias, table, tokens), logits
 
-        return Routing(*self._launch(("route", id(layer)), logits, (logits, tokens), run))
+        ids, weights, logits = self._replay(("route", id(layer)), x, (x, tokens), run)
+        if not layer.experts.prefers or layer.bias is None:
+            return Routing(ids, weights)
+        score = route.scores(self.ops, logits)
+        preferred = layer.experts.prefer(layer.index, score, layer.bias, ids)
+        if preferred is ids:
+            return Routing(ids, weights)
+        rows, scaling = mx.arange(len(ids)), c.routed_scaling_factor
+        n_chosen = c.num_experts_per_tok
+        return Routing(
+            *route.experts(self.launcher, logits, n_chosen, scaling, None, preferred, rows)
+        )
 
     def experts(
         self, x: Array, layer: MoE, routing: Routing, residual: Residual, reader: HyperWeights
@@ -309,29 +303,23 @@ class Metal(Reference):
         placed = layer.experts.place(layer.index, routing.ids)
         if placed is None:
             return self._routed(x, layer, routing, residual)
-        records, slots = placed
-        after = dense.Residual(residual.streams, residual.gates, reader.fn.arrays[0])
-        run, down = self.launcher, layer.shared_w2[0]
-        weights, shared, limit = routing.weights, layer.w_in[1:], self.config.swiglu_limit
-        if is_step(x):
-            (h,) = self._launch(
-                ("gate_up", id(layer), id(records)),
-                x,
-                (x, slots, weights),
-                lambda on: moe.gate_up(on, x, records, slots, weights, shared, limit),
-            )
-            return Streams(
-                *self._launch(
-                    ("down", id(layer), id(records)),
-                    h,
-                    (h, slots, residual.streams, residual.gates),
-                    lambda on: moe.down(on, h, records, slots, down, after),
-                )
-            )
-        groups = moe.group(run, routing.ids, self.config.n_routed_experts)
-        h = moe.matmul_gate_up(run, x, records, groups, slots, weights, shared, limit)
-        terms = moe.matmul_down(run, h, records, groups, slots, down)
-        return Streams(*dense.add(run, terms, after))
+        experts, slots = placed
+        shared, limit = layer.w_in[1:], self.config.swiglu_limit
+
+        def run(
+            x: Array, records: Array, slots: Array, weights: Array, streams: Array, gates: Array
+        ) -> Sequence[Array]:
+            on, down, where = self.launcher, layer.shared_w2[0], replace(experts, records=records)
+            after = dense.Residual(streams, gates, reader.fn.arrays[0])
+            if is_step(x):
+                h = moe.gate_up(on, x, where, slots, weights, shared, limit)
+                return moe.down(on, h, where, slots, down, after)
+            groups = moe.group(on, routing.ids, self.config.n_routed_experts)
+            h = moe.matmul_gate_up(on, x, where, groups, slots, weights, shared, limit)
+            return dense.add(on, moe.matmul_down(on, h, where, groups, slots, down), after)
+
+        given = (x, experts.records, slots, routing.weights, residual.streams, residual.gates)
+        return Streams(*self._replay(("experts", id(layer)), x, given, run))
 
     def _routed(self, x: Array, layer: MoE, routing: Routing, residual: Residual) -> Streams:
         """Experts whose source computes them itself."""
@@ -353,28 +341,31 @@ class Metal(Reference):
         return Streams((new + old).astype(self.dtype))
 
     def head(self, streams: Streams, reader: HyperWeights, norm: Array, weight: Packed) -> mx.array:
-        x, _ = self._mix(streams, reader, norm, 0)
-        return self._dense(x, weight)
+        def run(values: Array, partials: Array | None) -> Sequence[Array]:
+            x, _ = self._mix(values, partials, reader, norm, 0)
+            return [self._dense(x, weight)]
+
+        given, key = (streams.values, streams.partials), ("head", id(reader))
+        (logits,) = self._replay((*key, streams.partials is None), given[0], given, run)
+        return logits
 
     def stack(
         self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
     ) -> Array:
-        if len(layers) > state.MOST_ARRAYS:  # more than one launch
-            return state.stack(self.launcher, layers, n_taken, n_kept, old)
-        first, given = layers[0], layers if old is None else (*layers, old)
-        key = ("stack", len(layers), first.shape, first.dtype, n_taken, n_kept)
-        (stacked,) = self._launch(
-            key, first, given, lambda on: state.stack(on, layers, n_taken, n_kept, old)
-        )
-        return stacked
+        def run(old: Array | None, *layers: Array) -> Sequence[Array]:
+            return [state.stack(self.launcher, layers, n_taken, n_kept, old)]
 
-    def _launch(
+        first = layers[0]
+        key = ("stack", len(layers), first.shape[1:], first.dtype, n_taken, n_kept, old is None)
+        return self._replay(key, first, (old, *layers), run)[0]
+
+    def _replay(
         self,
         key: tuple[Hashable, ...],
         rows: Array,
-        arrays: Sequence[Array],
-        run: Callable[[Launcher], object],
-    ) -> list[Array]:
+        arrays: Sequence[Any],
+        run: Callable[..., Sequence[Any]],
+    ) -> Sequence[Any]:
         """`Launcher.replay` for steps of few rows [S, ...]; prompts are launched anew."""
         n = rows.shape[0]
         return self.launcher.replay((n, *key) if n <= matvec.MAX_ROWS else None, arrays, run)
@@ -382,13 +373,7 @@ class Metal(Reference):
     def _dense(self, x: Array, maps: Packed, **how: Any) -> Array:
         """x [S, in] through maps that share it; `how` as in `dense.project`."""
         product = dense.project if is_step(x) else dense.matmul
-        (y,) = self._launch(
-            ("dense", id(maps[0]), len(maps)),
-            x,
-            (x,),
-            lambda on: product(on, x, maps, self.dtype, **how),
-        )
-        return y
+        return product(self.launcher, x, maps, self.dtype, **how)
 
 
 def is_step(x: Array) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,8 @@ class StepPlan:
         self.n_tokens, self.start = n_tokens, state.position
         self.positions = np.arange(self.start, self.start + n_tokens)
         self.closing = {s.name: Closing(self, s) for s in state.series}
+        self.views: dict[int, Any] = {}
+        """What the fused operations gathered of this for layers of one ratio."""
 
     def turn(self, layer: LayerPlan) -> rope.Rotation:
         """For q, window rows and outputs of a layer, [S, head_dim]."""
@@ -100,7 +103,8 @@ class StepPlans:
 
     def __init__(self, each: Sequence[StepPlan]):
         self.each = tuple(each)
-        ends = np.cumsum([plan.n_tokens for plan in self.each]).tolist()
+        self.counts = tuple(plan.n_tokens for plan in self.each)
+        ends = np.cumsum(self.counts).tolist()
         self.rows = [slice(e - plan.n_tokens, e) for e, plan in zip(ends, self.each, strict=True)]
         """Which of the S are each sequence's."""
         self.positions = np.concatenate([plan.positions for plan in self.each])

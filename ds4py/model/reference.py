@@ -15,13 +15,23 @@ from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
 from ds4py.kernels.rope import rotate
-from ds4py.model.fused import Heads, Residual, Routing, Streams
+from ds4py.model.fused import Residual, Routing, Streams
 
 if TYPE_CHECKING:
     from ds4py.model.attention import Attention, Compressor
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
     from ds4py.model.plan import Closing, StepPlan, StepPlans
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The queries of one layer, of one sequence."""
+
+    q: Array
+    """[S, heads, hd], normed and rotated."""
+    index: tuple[Array, ...]
+    """The indexer's queries and weights; empty where nothing is chosen."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,33 @@ class Reference:
         x = rms_norm(self.ops, x, norm, reader.norm_eps)
         return x, Residual(streams.values, (post, comb))
 
-    def project(self, x: Array, weight: LinearMaps) -> tuple[Array, ...]:
-        return self.ops.project(x, weight)
-
-    def queries(self, projected: tuple[Array, ...], layer: Attention) -> tuple[Array, ...]:
+    def project(self, x: Array, layer: Attention, plans: StepPlans) -> Any:
+        """The maps' results in order: (of w_in, of w_q)."""
+        projected = self.ops.project(x, layer.w_in)
         latent = rms_norm(self.ops, projected[0], layer.q_norm, self.config.rms_norm_eps)
-        return self.ops.project(latent, layer.w_q)  # from [S, q_lora_rank]
+        return projected, self.ops.project(latent, layer.w_q)  # from [S, q_lora_rank]
 
-    def prepare(
+    def attend(
+        self, projected: Any, layer: Attention, plans: StepPlans
+    ) -> tuple[Array, list[LayerDelta]]:
+        """[S, G, heads*hd/G]"""
+        inputs, queries = projected
+        prepared = self._prepare(inputs, queries, layer, plans)
+        outputs = []
+        for plan, (heads, delta) in zip(plans.each, prepared, strict=True):
+            chosen = self._choose(heads, delta, layer, plan)
+            outputs.append(self._attend_rows(heads, delta, chosen, layer, plan))
+        o = outputs[0] if len(outputs) == 1 else self.ops.concatenate(outputs)
+        return o, [delta for _, delta in prepared]
+
+    def _prepare(
         self,
         projected: tuple[Array, ...],
         queries: tuple[Array, ...],
         layer: Attention,
         plans: StepPlans,
-    ) -> list[tuple[Heads, LayerDelta]]:
+    ) -> list[tuple[_Heads, LayerDelta]]:
+        """Queries and new rows of each sequence."""
         c, ops, eps = self.config, self.ops, self.config.rms_norm_eps
         turn = plans.turn(layer.layer)
         _, row, *inputs = projected
@@ -73,7 +96,7 @@ class Reference:
             delta = LayerDelta(window[at], {name: v[at] for name, v in values.items()})
             for compressor in compressors:
                 self._complete(compressor, delta, layer.slot, plan, q.dtype)
-            prepared.append((Heads(q[at], tuple(x[at] for x in index)), delta))
+            prepared.append((_Heads(q[at], tuple(x[at] for x in index)), delta))
         return prepared
 
     def _complete(
@@ -94,8 +117,8 @@ class Reference:
         row = rms_norm(ops, row.astype(dtype), compressor.norm, self.config.rms_norm_eps)
         delta.rows[s.name] = compressor.format.pack(rotate(ops, row, closing.rotation))
 
-    def choose(
-        self, heads: Heads, delta: LayerDelta, layer: Attention, plan: StepPlan
+    def _choose(
+        self, heads: _Heads, delta: LayerDelta, layer: Attention, plan: StepPlan
     ) -> tuple[Array, Array] | None:
         """ids, valid [S, k]: k is index_topk, or as many whole tiles as there are rows; then every
         visible row fits and no scores are needed."""
@@ -114,7 +137,7 @@ class Reference:
         return index.select(ops, score, closing.visible, layer.n_chosen)
 
     def _index_queries(
-        self, heads: Heads, indexer: Compressor, plan: StepPlan
+        self, heads: _Heads, indexer: Compressor, plan: StepPlan
     ) -> tuple[Array, Array]:
         """[S, index heads, d], rotated and rounded, and the heads' weights [S, index heads]."""
         ops, (query, weights) = self.ops, heads.index
@@ -140,9 +163,9 @@ class Reference:
             parts.append(index.scores(ops, q, weights, unpack(rows))[:, : closing.n_new])
         return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=1)
 
-    def attend(
+    def _attend_rows(
         self,
-        heads: Heads,
+        heads: _Heads,
         delta: LayerDelta,
         chosen: tuple[Array, Array] | None,
         layer: Attention,
@@ -190,13 +213,11 @@ class Reference:
         shape = (ids.shape[0], -1, _tile(layer))
         return rows.reshape(*shape, rows.shape[2]), valid.reshape(*shape)
 
-    def grouped(self, o: Array, weight: LinearMaps) -> Array:
-        return self.ops.grouped(o, weight).reshape(o.shape[0], -1)
-
     def leave(
-        self, y: Array, weight: LinearMaps, residual: Residual, reader: HyperWeights
+        self, attended: Array, layer: Attention, residual: Residual, reader: HyperWeights
     ) -> Streams:
-        return self._add(self.ops.project(y, weight)[0], residual)
+        y = self.ops.grouped(attended, layer.wo_a).reshape(attended.shape[0], -1)  # [S, G*o_lora]
+        return self._add(self.ops.project(y, layer.wo_b)[0], residual)
 
     def _add(self, y: Array, residual: Residual) -> Streams:
         """y [S, D] into the streams."""

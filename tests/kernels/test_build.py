@@ -1,5 +1,6 @@
 """Kernel texts are read, handed to MLX and counted as they should be, without a GPU."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,39 +99,67 @@ def test_a_kernel_is_built_once_and_its_launches_are_counted() -> None:
     assert launcher.counters == {"scale": 3}
 
 
-def test_a_replay_launches_the_same_with_other_arrays() -> None:
-    """Two launches, the second of which reads what the first made."""
-    recorder = Recorder()
-    launcher = Launcher(recorder, read=scale)
-    factor, shape, template = mx.array([2.0]), (20,), (("T", FLOAT), ("N", 20))
-    ran: list[Any] = []
+def times(**names: Any) -> Callable[..., list[mx.array]]:
+    """In place of `mx.fast.metal_kernel`: what the kernel above computes, by MLX's operations."""
+    return lambda **call: [call["inputs"][0] * call["inputs"][1]]
 
-    def run(values: Any) -> Any:
-        def both(on: Launcher) -> None:
-            ran.append(values)
-            outputs = [(shape, FLOAT)]
-            (once,) = on.launch("scale", [values, factor], template, SHAPE, SHAPE, outputs)
-            on.launch("scale", [once, factor], template, SHAPE, SHAPE, outputs)
 
-        return launcher.replay("twice", [values], both)
+def test_a_piece_runs_twice_and_is_replayed_for_other_arrays() -> None:
+    """Two launches, the second of which reads what the first made. A piece may get and return
+    tuples and None."""
+    launcher, factor, ran = Launcher(times, read=scale, lazy=True), mx.array([2.0]), []
 
-    first, second = mx.ones(shape), mx.zeros(shape)
-    (made,) = run(first)
-    (again,) = run(second)
-    assert len(ran) == 1 and launcher.counters == {"scale": 4} and made is not again
-    inputs = [call["inputs"] for call in recorder.calls]
-    assert inputs[0][0] is first and inputs[2][0] is second
-    assert all(x[1] is factor for x in inputs)
-    assert inputs[3][0] is not inputs[1][0], "the second launch reads its own first"
-    of = {"inputs": 0, "template": 0}
-    assert [{**c, **of} for c in recorder.calls[:2]] == [{**c, **of} for c in recorder.calls[2:]]
-    assert [names["name"] for names in recorder.built] == ["scale", "scale_0"]
-    fixed = "typedef float T;\nconstant constexpr int N = 20;\n"
-    assert recorder.built[1]["header"] == recorder.built[0]["header"] + fixed
-    assert "template" not in recorder.calls[2]
-    for _ in range(2):
-        launcher.replay(None, [first], lambda on: (ran.append(1), launch(on)))
-    assert len(ran) == 3, "without a key nothing is kept"
+    def run(pair: tuple[mx.array, mx.array], nothing: None) -> Any:
+        ran.append(pair)
+        outputs, template = [((20,), FLOAT)], (("T", FLOAT), ("N", 20))
+        (once,) = launcher.launch("scale", [pair[0], factor], template, SHAPE, SHAPE, outputs)
+        (twice,) = launcher.launch("scale", [once, pair[1]], template, SHAPE, SHAPE, outputs)
+        return once, nothing, twice
+
+    for n in range(1, 5):
+        values = mx.full((20,), n), mx.full((20,), 10.0)
+        once, nothing, twice = launcher.replay("piece", [values, None], run)
+        assert nothing is None and once[3].item() == 2 * n and twice[3].item() == 20 * n
+        assert launcher.counters == {"scale": 2 * n} and len(ran) == min(n, 2)
+    longer = mx.ones((40,)), mx.ones((1,))
+    assert launcher.replay("piece", [longer, None], run)[2].shape == (40,) and len(ran) == 3
+    for key in ("other", None, None):
+        launcher.replay(key, [values, None], run)
+    assert len(ran) == 6 and launcher.counters == {"scale": 16}, "without a key nothing is kept"
+
+
+def test_where_launches_compute_nothing_is_recorded() -> None:
+    launcher, ran = Launcher(times, read=scale), list[int]()
+    for n in range(3):
+        launcher.replay("piece", [], lambda n=n: ran.append(n) or [])
+    assert ran == [0, 1, 2]
+
+
+def test_the_pieces_used_longest_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "MOST_PIECES", 2)
+    launcher, ran, values = Launcher(times, read=scale, lazy=True), list[str](), mx.ones((20,))
+
+    def use(key: str) -> None:
+        launcher.replay(key, [values], lambda x: (ran.append(key), [*launch(launcher)])[1])
+
+    for key in "aabbacaab":
+        use(key)
+    assert "".join(ran) == "aabbcb", "c took the place of b"
+    assert launcher.counters == {"scale": 9}
+
+
+def test_a_recorded_piece_keeps_nothing_of_its_caller() -> None:
+    """A sequence's rows, which `run` may see, are not held by what was recorded of it."""
+    launcher, held = Launcher(times, read=scale, lazy=True), list[weakref.ref[Any]]()
+
+    def use() -> None:
+        caller = Recorder()  # anything
+        held.append(weakref.ref(caller))
+        launcher.replay("piece", [mx.ones((20,))], lambda x: [x * 2, caller][:1])
+
+    for _ in range(3):
+        use()
+    assert [caller() for caller in held] == [None] * 3
 
 
 def test_the_first_launch_of_every_variant_is_finished() -> None:
