@@ -202,6 +202,14 @@ class ModelConfig:
         """Channels of a row before the rotated tail."""
         return self.head_dim - self.qk_rope_head_dim
 
+    @property
+    def longest_context(self) -> int:
+        """Most tokens that positions are defined for: those the model was made for, or those its
+        RoPE scaling spans, where that is more."""
+        scaling = self.rope_scaling
+        spanned = int(scaling.factor * scaling.original_max_position_embeddings)
+        return max(self.max_position_embeddings, spanned)
+
     @staticmethod
     def load(directory: Path) -> ModelConfig:
         """Read `directory`/config.json. Raises ConfigError."""

@@ -79,7 +79,7 @@ def run(model: ModelChoice, context: int | None, memory: str | None, json: bool 
             planned.show(made)
         return 0
     files = ModelFiles.at(resolve(model.name, models_directory()))
-    _check_context(files.config.max_position_embeddings, context)
+    _check_context(files.config.longest_context, context)
     if json:
         print(dumps(report(model.name, files, context, memory)))
     else:

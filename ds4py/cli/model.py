@@ -31,6 +31,7 @@ def open_engine(settings: Settings) -> tuple["Engine", float]:
 
     with ProgressBar(sys.stderr) as bar:
         engine = Engine.open(resolve(settings.model.name, models_directory()), options, bar)
+    tell_of_context(engine)
     return engine, perf_counter() - start
 
 
@@ -44,6 +45,18 @@ def announce(model: ModelChoice) -> None:
     """Say on stderr which model is used, when nobody named it."""
     if model.notice:
         print(model.notice, file=sys.stderr, flush=True)
+
+
+def tell_of_context(engine: "Engine") -> None:
+    """Say on stderr that the context is longer than the model was made for, where it is."""
+    made_for = engine.config.max_position_embeddings
+    if engine.context > made_for:
+        print(
+            f"ds4: {engine.name} was made for {made_for} tokens; beyond them, up to the context of "
+            f"{engine.context}, it may write nonsense",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def tokenizer_of(engine: "Engine") -> "Tokenizer":

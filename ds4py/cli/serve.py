@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds4py.cli.kv import kv_space, open_disk
-from ds4py.cli.model import announce, tokenizer_of
+from ds4py.cli.model import announce, tell_of_context, tokenizer_of
 from ds4py.cli.settings import Settings, kv_directory, make_private, models_directory
 from ds4py.errors import OptionsError
 from ds4py.sizes import parse_size
@@ -115,6 +115,7 @@ def _opener(settings: Settings, options: ServeOptions) -> "Opener":
         path = resolve(settings.model.name, models_directory())
         engine = Engine.open(path, settings.engine_options(), progress)
         tokenizer_of(engine)
+        tell_of_context(engine)
         disk = open_disk(engine, settings.kv_dir, settings.kv_space, background=True)
         if options.kv_memory is not None:
             return engine, Scheduler(engine, parse_size(options.kv_memory), disk)

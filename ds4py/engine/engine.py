@@ -95,10 +95,10 @@ class Engine:
         self.name, self.options = name, options
         files = ModelFiles.at(path)
         self.config: ModelConfig = files.config
-        longest = self.config.max_position_embeddings
+        longest = self.config.longest_context
         if options.context is not None and options.context > longest:
             raise OptionsError(
-                f"context is {options.context}; this model was made for at most {longest} tokens"
+                f"context is {options.context}; this model has positions for {longest} tokens"
             )
         ops, dtype, launcher = build.choose(options.kernels, options.dtype, launcher)
         self.launcher = launcher

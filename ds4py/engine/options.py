@@ -16,8 +16,8 @@ class EngineOptions:
     """How a model is opened. Raises OptionsError for values that make no sense."""
 
     context: int | None = None
-    """Most tokens a session may hold; None = what the model was made for, or as much of it as a
-    quarter of the memory holds."""
+    """Most tokens a session may hold, at most what RoPE spans; None = what the model was made for,
+    or as much of it as a quarter of the memory holds."""
     memory: str | None = None
     """Budget such as "24GB": experts it has no room for stay on disk, and what does not fit even
     so is refused. None = seven eighths of what the machine reports as usable."""

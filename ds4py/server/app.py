@@ -222,7 +222,9 @@ async def told_openapi(request: HttpRequest) -> Response:
 
 def _model_object(service: Service, for_anthropic: bool) -> dict[str, Any]:
     """The model under the names by which clients look for its context."""
-    writer = service.writer
+    writer, engine = service.writer, service.worker.engine
+    assert engine is not None
+    trained = engine.config.max_position_embeddings
     described = {
         "id": writer.model,
         "object": "model",
@@ -230,7 +232,7 @@ def _model_object(service: Service, for_anthropic: bool) -> dict[str, Any]:
         "owned_by": "ds4",
         "context_length": writer.context,
         "max_model_len": writer.context,
-        "meta": {"n_ctx": writer.context, "n_ctx_train": writer.context},
+        "meta": {"n_ctx": writer.context, "n_ctx_train": trained},
     }
     if for_anthropic:
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.created))

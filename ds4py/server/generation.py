@@ -7,7 +7,7 @@ token, at a time. Knows sessions and the parser, not threads or protocols.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -70,6 +70,7 @@ class Generation:
         self.finished: Finished | None = None
         self.prefill_s = 0.0
         self._tokenizer = tokenizer
+        self._dsml = tokenizer.control_id(DSML)
         self._parser = _parser(request)
         self._stops = StopStrings(request.stop)
         self._n_reasoning = 0
@@ -91,7 +92,32 @@ class Generation:
         """The tokens of the answer, each for `take`."""
         self._decoding_since = perf_counter()
         make = self.request.constraint
-        return session.generate(self.request.sampling, make() if make else None)
+        tokens = session.generate(self.request.sampling, make() if make else None)
+        return tokens if self.request.calls is None else self._guided(session, tokens)
+
+    def _guided(self, session: Session, tokens: Iterator[Token]) -> Iterator[Token]:
+        """Free until a call begins; then, from the same state, what can be called."""
+        try:
+            for token in tokens:
+                yield token
+                if self._begins_call(token):
+                    break
+            else:
+                return
+        finally:
+            tokens.close()  # type: ignore[attr-defined]
+        calls = self.request.calls() if self.request.calls is not None else None
+        limit = self.request.sampling.max_tokens
+        left = None if limit is None else limit - len(self.tokens)
+        if token.finish_reason is None:
+            options = replace(self.request.sampling, max_tokens=left, seed=session.seed)
+            yield from session.generate(options, calls)
+
+    def _begins_call(self, token: Token) -> bool:
+        """Whether the answer now ends in "<" and the token that no other text has."""
+        if token.id != self._dsml or self._parser.in_reasoning:
+            return False
+        return self._tokenizer.decode(self.tokens[-2:]).endswith("<" + DSML)
 
     def full(self) -> list[Event]:
         """The context has no room for an answer."""

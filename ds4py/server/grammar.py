@@ -31,6 +31,8 @@ SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 """JSON as the model writes it, and without endless white space."""
 MAX_GRAMMAR = 4 << 20
 """Characters of a grammar; compiling takes time and memory in proportion."""
+_OPEN = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
+"""Keywords of a tool's schema that let it have parameters besides its properties."""
 _PLAIN = {"type", "title", "description", "default", "examples", "$comment", "minLength"}
 _PLAIN |= {"maxLength", "deprecated"}
 """Keywords of a string that raw text can follow."""
@@ -55,13 +57,7 @@ class Grammars:
         text = _grammar(conversation, self._token(DSML))
         if text is None:
             return None
-        if len(text) > MAX_GRAMMAR:
-            raise ApiError(f"the schemas make a grammar of {len(text)} characters; shorten them")
-        made = llguidance.LLMatcher(self.library, llguidance.LLMatcher.grammar_from_lark(text))
-        if made.is_error():
-            where = "response_format" if conversation.format else "tools"
-            said = made.get_error().strip().splitlines()[0]
-            raise ApiError(f"the schema cannot be enforced: {said[:300]}", param=where)
+        made = self._compiled(text, "response_format" if conversation.format else "tools")
         banned = {self._tokenizer.eos_id}
         if (dsml := self._tokenizer.control_id(DSML)) is not None:
             banned.add(dsml)
@@ -69,6 +65,28 @@ class Grammars:
         return lambda: Follows(
             made.deep_copy(), self._vocab_size, self._tokenizer.eos_id, end_think, banned
         )
+
+    def calls(self, conversation: Conversation) -> Constraint | None:
+        """What calls must follow behind the token that begins their markup: there are tools of
+        these names, with these parameters. None where that cannot be said."""
+        several = conversation.parallel
+        rules = _block(conversation.tools, self._token(DSML), several)
+        try:
+            made = self._compiled("\n".join(["start: calls", *rules]), "tools")
+        except ApiError as error:
+            log.warning("calls are written freely: %s", error)
+            return None
+        return Follows(made, self._vocab_size, self._tokenizer.eos_id, None, set())
+
+    def _compiled(self, text: str, where: str) -> Any:
+        """A matcher at the start of a grammar. Raises ApiError."""
+        if len(text) > MAX_GRAMMAR:
+            raise ApiError(f"the schemas make a grammar of {len(text)} characters; shorten them")
+        made = llguidance.LLMatcher(self.library, llguidance.LLMatcher.grammar_from_lark(text))
+        if made.is_error():
+            said = made.get_error().strip().splitlines()[0]
+            raise ApiError(f"the schema cannot be enforced: {said[:300]}", param=where)
+        return made
 
     @property
     def library(self) -> llguidance.LLTokenizer:
@@ -213,23 +231,38 @@ def _strict(tool: Tool, dsml: str) -> str:
 
 
 def _loose(tool: Tool, dsml: str) -> str:
-    """Parameters of the names there are, with values of any kind."""
+    """Parameters of the names there are, with values of any kind: the required ones in the
+    schema's order, others between them. Of any name where the schema does not list them all."""
     properties = tool.parameters.get("properties")
-    names = list(properties) if isinstance(properties, dict) else []
+    required = tool.parameters.get("required")
+    others: list[str] = []
+    must: list[str] = []
+    if not isinstance(properties, dict) or any(tool.parameters.get(key) for key in _OPEN):
+        others.append(_any_value(None, {}, dsml))
+    for name, schema in properties.items() if isinstance(properties, dict) else ():
+        is_required = isinstance(required, list) and name in required
+        (must if is_required else others).append(_any_value(name, schema, dsml))
+    between = f"({' | '.join(others)})*" if others else ""
+    return f" {between} ".join(["", *must, ""]) if must else between
+
+
+def _any_value(name: str | None, schema: Any, dsml: str) -> str:
+    """A parameter with a value that is text where that is what its schema says, or JSON, or
+    either."""
     text, anything = (True, r"/(?s:.*)<\//"), (False, f'{_json({})} "</"')
-    out = []
-    for name in names:
-        schema = properties[name] if isinstance(properties, dict) else {}
-        kind = schema.get("type") if isinstance(schema, dict) else None
-        values = [text] if kind == "string" else [anything] if kind else [text, anything]
-        out += [_parameter(name, value, dsml) for value in values]
-    return f"({' | '.join(out)})*" if out else ""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    values = [text] if kind == "string" else [anything] if kind else [text, anything]
+    return f"({' | '.join(_parameter(name, value, dsml) for value in values)})"
 
 
-def _parameter(name: str, value: tuple[bool, str], dsml: str) -> str:
-    """A parameter; its value carries the bracket of the closing tag."""
+def _parameter(name: str | None, value: tuple[bool, str], dsml: str) -> str:
+    """A parameter, None: of any name; its value carries the bracket of the closing tag."""
     is_text, rule = value
-    head = _literal(f'parameter name="{name}" string="{"true" if is_text else "false"}">')
+    start, end = 'parameter name="', f'" string="{"true" if is_text else "false"}">'
+    if name is None:
+        head = rf"{_literal(start)} /[^\"<>\n]{{1,64}}/ {_literal(end)}"
+    else:
+        head = _literal(f"{start}{name}{end}")
     return rf'"\n<" {dsml} {head} {rule} {dsml} "parameter>"'
 
 

@@ -183,14 +183,18 @@ class PromptWriter:
         prompt = self.tokens(conversation)
         self.check_length(prompt)
         thinking = self.thinks(conversation)
+        constraint = self._grammars.constraint(conversation, thinking)
+        callable_ = bool(conversation.tools) and conversation.choice.kind != "none"
+        guided = callable_ and constraint is None
         return Request(
             prompt=prompt,
             sampling=options(sampling),
             stop=stop,
             thinking=thinking,
-            tools=bool(conversation.tools) and conversation.choice.kind != "none",
+            tools=callable_,
             parallel=conversation.parallel and conversation.choice.kind != "named",
-            constraint=self._grammars.constraint(conversation, thinking),
+            constraint=constraint,
+            calls=(lambda: self._grammars.calls(conversation)) if guided else None,
             new_id=new_id,
         )
 

@@ -32,7 +32,9 @@ class Request:
     parallel: bool = True
     """More than one call may be made."""
     constraint: Callable[[], Constraint] | None = None
-    """Makes what the answer must follow."""
+    """Makes what the answer must follow; None: it is free."""
+    calls: Callable[[], Constraint | None] | None = None
+    """Makes what a call must follow once its markup has begun, in an answer that is free."""
     new_id: Callable[[], str] | None = None
     """Makes ids of calls."""
 

@@ -24,6 +24,13 @@ KEYS = {
 }
 
 
+def test_a_context_longer_than_the_model_was_made_for_is_told(ds4: Any) -> None:
+    done = ds4("generate", PROMPT, *GREEDY, "2", "--context", "65536")
+    assert done.returncode == 0 and "tiny was made for 16384 tokens" in done.stderr
+    done = ds4("generate", PROMPT, "--context", "2000000")
+    assert done.returncode == 2 and "positions for 1048576 tokens" in done.stderr
+
+
 def test_the_answer_is_on_stdout_and_the_model_is_named_first(ds4: Any) -> None:
     done = ds4("generate", PROMPT, *GREEDY, "12")
     assert done.returncode == 0 and len(done.stdout.split()) > 3

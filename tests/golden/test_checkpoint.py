@@ -87,7 +87,7 @@ def test_rounding_needs_whole_blocks(tmp_path: Path) -> None:
 
 def test_options_that_this_model_or_machine_cannot_meet(tmp_path: Path) -> None:
     folder = model(tmp_path, lambda c, t: None)
-    with pytest.raises(OptionsError, match="made for at most 1048576"):
+    with pytest.raises(OptionsError, match="has positions for 1048576"):
         Engine.open(folder, EngineOptions(context=2**21))
     with pytest.raises(OptionsError, match=r"memory is 1\.0 MB, .* too little"):
         Engine.open(folder, EngineOptions(memory="1MB", context=100))

@@ -78,6 +78,8 @@ class ScriptedSession:
         self.engine = engine
         self.tokens: list[int] = []
         self.reused = 0
+        self.seed: int | None = None
+        self.rest: list[int] = []  # of an answer that was broken off
 
     @property
     def position(self) -> int:
@@ -86,7 +88,7 @@ class ScriptedSession:
     def sync_slices(self, tokens: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:
         check_tokens(list(tokens), self.engine.context, self.engine.config.vocab_size)
         self.reused = common_prefix(self.tokens, tokens)
-        self.tokens = self.tokens[: self.reused]
+        self.tokens, self.rest = self.tokens[: self.reused], []
         return self._read(list(tokens), chunk)
 
     def _read(self, tokens: list[int], chunk: int) -> Iterator[tuple[int, int]]:
@@ -98,17 +100,19 @@ class ScriptedSession:
 
     def generate(self, options: Any, constraint: Any = None) -> Iterator[Token]:
         script, tokenizer = self.engine.script, self.engine.tokenizer
-        script.prompts.append(list(self.tokens))
         script.n_open += 1
+        ids = self.rest
         try:
-            text = script.next()
-            ids = script.spell(tokenizer, text + (EOS if script.ends else ""))
+            if not ids:
+                script.prompts.append(list(self.tokens))
+                ids = script.spell(tokenizer, script.next() + (EOS if script.ends else ""))
             detokenizer = Detokenizer(tokenizer)
             limit = self.engine.context - self.position
             n_tokens = min(options.max_tokens or limit, limit)
             for n in range(n_tokens):
                 script.before_token(n)
                 token = ids[n % len(ids)]
+                self.rest = ids[(n + 1) % len(ids) :] + ids[: (n + 1) % len(ids)]
                 self.tokens.append(token)
                 ended = token == tokenizer.eos_id
                 last = ended or n + 1 == n_tokens
@@ -132,7 +136,9 @@ class ScriptedEngine:
         self.context = context
         self.tokenizer = tokenizers.load(assets.path("models", "tiny"))
         self.config = SimpleNamespace(
-            vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.eos_id
+            vocab_size=self.tokenizer.vocab_size,
+            eos_token_id=self.tokenizer.eos_id,
+            max_position_embeddings=1 << 20,
         )
         self.options = SimpleNamespace(prefill_chunk=512)
 

@@ -18,6 +18,7 @@ from ds4py.server.grammar import Grammars
 from ds4py.text import tokenizer as tokenizers
 from ds4py.text.events import Content, Reasoning, ToolCallEnd
 from ds4py.text.stream import StreamParser
+from tests.server.scripted import segments
 
 TOKENIZER = tokenizers.load(assets.path("models", "tiny"))
 VOCAB = TOKENIZER.vocab_size + 32  # a model's table may be longer than its tokenizer's
@@ -114,6 +115,50 @@ def test_required_calls_come_in_any_number() -> None:
         assert calls and {name for name, _ in calls} <= {"a", "b"}
         numbers.add(len(calls))
     assert numbers
+
+
+def called(name: str, **texts: str) -> str:
+    """What follows the token that begins a block of one call."""
+    parameters = [
+        f'\n<｜DSML｜parameter name="{key}" string="true">{text}</｜DSML｜parameter>'
+        for key, text in texts.items()
+    ]
+    invoke = f'<｜DSML｜invoke name="{name}">{"".join(parameters)}\n</｜DSML｜invoke>'
+    return f"tool_calls>\n{invoke}\n</｜DSML｜tool_calls>"
+
+
+def is_allowed(tools: list[Tool], text: str) -> bool:
+    """Whether a call that has begun may go on, and end, so."""
+    constraint = GRAMMARS.calls(Conversation(USER, tools))
+    assert constraint is not None
+    for token in [*TOKENIZER.encode(segments(text)), TOKENIZER.eos_id]:
+        allowed = constraint.allowed()
+        if allowed is None or not allowed[token]:
+            return False
+        constraint.accept(token)
+    return True
+
+
+def test_a_call_that_begins_is_of_a_tool_and_complete() -> None:
+    properties = {"a": {"type": "string"}, "b": {"type": "string"}, "c": {}}
+    closed = {**OBJECT, "properties": properties, "required": ["b"]}
+    tools = [Tool("f.g", None, closed), Tool("open", None, {"type": "object"})]
+    for text in (
+        called("f.g", b="&lt;<b>"),
+        called("f.g", c="2", b="1", a=""),
+        called("open"),
+        called("open", other="x"),
+    ):
+        assert is_allowed(tools, text)
+    for text in (
+        called("g", b="1"),
+        called("f.g", a="1"),
+        called("f.g", b="1", other="2"),
+        called("open", **{"a<b": "x"}),
+        "tool_calls>\n</｜DSML｜tool_calls>",
+        called("f.g", b="1") + "\nMore.",
+    ):
+        assert not is_allowed(tools, text)
 
 
 def test_without_tools_to_call_no_markup_is_written() -> None:

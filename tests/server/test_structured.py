@@ -123,6 +123,26 @@ def test_only_allowed_tools_are_called(served: Any) -> None:
         assert caught.value.param == "tool_choice"
 
 
+def test_a_call_has_the_name_of_a_tool_whatever_the_model_calls_it(served: Any) -> None:
+    """The embedded model shortens names that it was not trained on."""
+    weather = next(tool for tool in POOL if tool.name == "get_weather").schema()["function"]
+    tool: Any = {"type": "function", "function": {**weather, "name": "mcp__home__get_weather"}}
+    ask: Any = {"messages": [{"role": "user", "content": "What is the weather in Rome?"}]}
+    for stream in (False, True):
+        made = served.openai().chat.completions.create(
+            model="m", tools=[tool], temperature=0, stream=stream, **ask
+        )
+        if stream:
+            names = [c.function.name for d in made for c in d.choices[0].delta.tool_calls or ()]
+        else:
+            names = [call.function.name for call in made.choices[0].message.tool_calls]
+            assert "get_weather for this" in made.choices[0].message.reasoning_content
+            assert set(json.loads(made.choices[0].message.tool_calls[0].function.arguments)) == {
+                "city"
+            }
+        assert names[0] == "mcp__home__get_weather"
+
+
 @pytest.mark.long
 def test_forced_calls_in_the_other_protocols(served: Any) -> None:
     flat = [{"type": "function", **schema["function"]} for schema in SCHEMAS]
