@@ -10,9 +10,10 @@ for a cache. The same arguments make the same files.
 import argparse
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,29 @@ SCALES = {"Q8_0": (0,), "IQ2_XXS": (0,), "Q2_K": (80, 82)}
 SCALE = 2.0**-10
 
 
-def make(target: Path, c: dict[str, Any], formats: tuple[str, str, str], seed: int = 0) -> None:
-    """Write a bundle with config `c` and records in three formats."""
+def make(
+    target: Path,
+    c: dict[str, Any],
+    formats: tuple[str, str, str],
+    seed: int = 0,
+    dense: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a bundle with config `c` and records in three formats; dense: block formats of some
+    other matrices, by name."""
     target.mkdir(parents=True, exist_ok=True)
     model, rng = ModelConfig.from_dict(c), np.random.default_rng(seed)
     layout, n = layout_of(model, formats), model.n_routed_experts
-    dense = []
+    tensors = []
     for name, shape in names.expected(model).items():
         if not ROUTED.search(name):
-            dtype, values = draw(name, shape, n, rng)
+            if name in dense:
+                width = block_format(dense[name]).row_bytes(shape[1])
+                dtype, values = "U8", blocks(dense[name], shape[0] * width, rng).reshape(-1, width)
+            else:
+                dtype, values = draw(name, shape, n, rng)
             once = partial(list, [values])
-            dense.append(files.NewTensor(name, dtype, shape, values.nbytes, once))
-    written: dict[str, dict[str, Any]] = {DENSE: {"sha256": files.write(target / DENSE, dense)}}
+            tensors.append(files.NewTensor(name, dtype, values.shape, values.nbytes, once))
+    written: dict[str, dict[str, Any]] = {DENSE: {"sha256": files.write(target / DENSE, tensors)}}
     for plan in model.layers:
         crcs: list[int] = []
         tensor = files.NewTensor(
@@ -55,7 +67,7 @@ def make(target: Path, c: dict[str, Any], formats: tuple[str, str, str], seed: i
         digest = files.write(target / file, [tensor], files.RECORD_ALIGN)
         written[file] = {"sha256": digest, "crc32": crcs}
     experts = {str(plan.index): list(formats) for plan in model.layers}
-    recipe = {"version": VERSION, "tensors": {}, "experts": experts, "files": written}
+    recipe = {"version": VERSION, "tensors": dict(dense), "experts": experts, "files": written}
     (target / "config.json").write_text(json.dumps(c))
     (target / RECIPE).write_text(json.dumps(recipe))
 
@@ -82,13 +94,20 @@ def records(
 ) -> Iterator[NDArray[np.uint8]]:
     """One layer's records, and their checksums into `crcs`."""
     for _ in range(model.n_routed_experts):
-        record = np.frombuffer(rng.bytes(layout.record_bytes), np.uint8).copy()
+        record = np.zeros(layout.record_bytes, np.uint8)
         for where, name in zip(layout.slices(), formats, strict=True):
-            blocks = record[where].reshape(-1, block_format(name).block_bytes)
-            for at in SCALES[name]:
-                blocks[:, at : at + 2] = np.array([SCALE], "<f2").view(np.uint8)
+            record[where] = blocks(name, where.stop - where.start, rng)
         crcs.append(zlib.crc32(record.data))
         yield record
+
+
+def blocks(name: str, n_bytes: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Random blocks of small scale."""
+    data = np.frombuffer(rng.bytes(n_bytes), np.uint8).copy()
+    each = data.reshape(-1, block_format(name).block_bytes)
+    for at in SCALES[name]:
+        each[:, at : at + 2] = np.array([SCALE], "<f2").view(np.uint8)
+    return data
 
 
 def main() -> None:

@@ -7,13 +7,14 @@ from ds4py.errors import OptionsError
 
 if TYPE_CHECKING:
     from ds4py.config import ModelConfig
-    from ds4py.engine.memory import MemoryPlan, Numerics
+    from ds4py.engine.footprint import Numerics
+    from ds4py.engine.memory import MemoryPlan
 
 def memory_lines(
     config: "ModelConfig", numerics: "Numerics", plan: "MemoryPlan | OptionsError"
 ) -> Iterator[tuple[str, str]]:
     """Title and text of each line; an error says what does not fit."""
-    from ds4py.engine.memory import bytes_per_token
+    from ds4py.engine.footprint import bytes_per_token
     from ds4py.sizes import format_size
 
     yield "session", f"{bytes_per_token(config, numerics.rows):.0f} B for each token"
@@ -41,7 +42,7 @@ def memory_report(
     config: "ModelConfig", numerics: "Numerics", plan: "MemoryPlan | OptionsError"
 ) -> dict[str, Any]:
     """The same in bytes; `error` where it does not fit."""
-    from ds4py.engine.memory import bytes_per_token
+    from ds4py.engine.footprint import bytes_per_token
 
     per_token = bytes_per_token(config, numerics.rows)
     if isinstance(plan, OptionsError):

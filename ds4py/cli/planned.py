@@ -7,7 +7,8 @@ from ds4py.cli.layout import memory_lines, memory_report
 
 if TYPE_CHECKING:
     from ds4py.config import ModelConfig
-    from ds4py.engine.memory import MemoryPlan, Numerics
+    from ds4py.engine.footprint import Numerics
+    from ds4py.engine.memory import MemoryPlan
     from ds4py.errors import OptionsError
     from ds4py.hub.manifest import Manifest
     from ds4py.quant.sizes import Sizes
@@ -42,7 +43,10 @@ class Planned:
         ]
         self.numerics: Numerics
         self.plan: MemoryPlan | OptionsError
-        self.numerics, self.plan = plan_recipe(self.config, formats, self.dense, context, memory)
+        largest = max(self.bundle[name].n_bytes for name in ("embed", "head"))
+        self.numerics, self.plan = plan_recipe(
+            self.config, formats, self.dense, largest, context, memory
+        )
 
     @property
     def read_bytes(self) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from ds4py.config import ModelConfig
 from ds4py.engine import memory
 from ds4py.engine.checkpoints import TURNS_KEPT
 from ds4py.engine.decode import Decoder
+from ds4py.engine.footprint import Numerics, n_parameters
 from ds4py.engine.memory import MemoryPlan
 from ds4py.engine.options import EngineOptions
 from ds4py.engine.pacing import Pacer
@@ -113,7 +114,7 @@ class Engine:
         rows = row_formats(ops, self.config, dtype, rounded, native)
         records = source.records()
         wishes = options.streaming
-        numerics = memory.Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None)
+        numerics = Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None)
         self.plan: MemoryPlan = memory.plan_memory(
             source,
             numerics,
@@ -282,7 +283,7 @@ class Engine:
             "operations": self.model.ops.name,
             "device": "gpu" if build.metal_available() else "cpu",
             "context": self.context,
-            "parameters": memory.n_parameters(self.config),
+            "parameters": n_parameters(self.config),
             **self.counters,
             "routing": self.routing,
             "experts": self.experts.stats(),

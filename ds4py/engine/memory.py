@@ -9,7 +9,6 @@ what is left.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import platform
 import resource
@@ -21,19 +20,26 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from ds4py.cache.rows import FIRST_CAPACITY, LARGEST_STEP, RowFormat, RowFormats, row_formats
-from ds4py.config import LayerPlan, ModelConfig
-from ds4py.engine.checkpoints import MOST
+from ds4py.cache.rows import row_formats
+from ds4py.config import ModelConfig
+from ds4py.engine.footprint import (
+    Numerics,
+    Work,
+    decoded_at_once,
+    dense_bytes,
+    expert_bytes,
+    loading_bytes,
+    session_bytes,
+    step_bytes,
+)
 from ds4py.engine.options import EngineOptions
 from ds4py.errors import OptionsError
 from ds4py.experts.streamed import SlotPlan, staging_slots
 from ds4py.formats.bundle import LayerRecords
 from ds4py.kernels import build
-from ds4py.kernels.host import N_MULTIPLE
-from ds4py.kernels.ops import Dtype, MlxOps, Ops
+from ds4py.kernels.ops import MlxOps, Ops
 from ds4py.sizes import format_size, parse_size
-from ds4py.weights import names
-from ds4py.weights.bundle import ROUTED, layout_of
+from ds4py.weights.bundle import layout_of
 from ds4py.weights.files import ModelFiles
 from ds4py.weights.source import Source
 
@@ -41,30 +47,6 @@ SHARE = (7, 8)
 """Without --memory, this part of what the machine reports as usable."""
 LEAST_CONTEXT = 4096
 """Not halved further when nobody asked for a context."""
-OVERHEAD = 8 << 20
-"""Buffers of the BLAS library and Python's own objects."""
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """In what form weights, rows and activations are held."""
-
-    ops: Ops
-    dtype: Dtype
-    rows: RowFormats
-    prefill_chunk: int
-    packed: bool = False
-    """Matrices stay in the bytes of the file: the Metal kernels read them so."""
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an activation."""
-        return int(self.ops.zeros((1,), self.dtype).nbytes)
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a sum."""
-        return int(self.ops.zeros((1,), self.ops.wide).nbytes)
 
 
 @dataclass(frozen=True)
@@ -81,7 +63,7 @@ class MemoryPlan:
     kv: int
     """One session's rows, frontiers and checkpoints at the full context."""
     scratch: int
-    """What the largest step needs besides."""
+    """What the largest step needs besides, or loading the model before there is a session."""
     all_experts: int
     """The routed experts, if all were in memory."""
     slots: tuple[SlotPlan, ...] = ()
@@ -146,130 +128,6 @@ def release_free_memory() -> None:
         trim(0)
 
 
-def n_parameters(config: ModelConfig) -> int:
-    """Values of the main model as loaded (draft layers apart)."""
-    return sum(math.prod(shape) for shape in names.expected(config).values())
-
-
-def dense_bytes(source: Source, n: Numerics) -> int:
-    """The weights every token reads, as held in memory."""
-    total = 0
-    for name, shape in names.expected(source.config).items():
-        if ROUTED.search(name):
-            continue
-        if n.packed and name.endswith(".weight") and len(shape) == 2:
-            parts = (name, f"{name.removesuffix('.weight')}.scale")
-            total += sum(source.entries[part].n_bytes for part in parts if part in source.entries)
-        else:
-            total += _weight_bytes(name, shape, n)
-    return total
-
-
-def _weight_bytes(name: str, shape: tuple[int, ...], n: Numerics) -> int:
-    *lead, width = shape
-    if name.endswith("tid2eid"):
-        return math.prod(shape) * 4
-    if name.endswith(".ape"):  # beside it stand zeros for the values
-        return 2 * math.prod(shape) * n.wide
-    matrix = len(shape) == 2
-    wide = not matrix or name.endswith(("_fn", "ffn.gate.weight", "wgate.weight", "head.weight"))
-    wide = wide or name.endswith("compressor.wkv.weight")
-    rows = math.prod(lead)
-    if matrix and name != "embed.weight" and not n.ops.lazy:
-        rows = -(-rows // N_MULTIPLE) * N_MULTIPLE
-    return rows * width * (n.wide if wide or not n.ops.lazy else n.itemsize)
-
-
-def expert_bytes(
-    config: ModelConfig, n: Numerics, records: Mapping[int, LayerRecords] | None
-) -> int:
-    """All routed experts of the main model, as held in memory when resident."""
-    layers = range(len(config.layers))
-    if records is not None:
-        return sum(records[i].record_bytes * records[i].n_experts for i in layers)
-    d, inner = config.hidden_size, config.moe_intermediate_size
-    if n.ops.lazy:
-        return (
-            len(layers)
-            * config.n_routed_experts
-            * 3
-            * d
-            * inner
-            * (
-                n.itemsize
-                if build.metal_available()
-                else 4  # its CPU back end gathers float32 only
-            )
-        )
-    padded = sum(-(-out // N_MULTIPLE) * N_MULTIPLE * i for out, i in ((2 * inner, d), (d, inner)))
-    return len(layers) * config.n_routed_experts * padded * n.wide
-
-
-def bytes_per_token(config: ModelConfig, rows: RowFormats) -> float:
-    """What one more token of context adds to a session's compressed rows."""
-    return sum(_row_bytes(config, rows, i) / plan.ratio for i, plan in _compressed(config))
-
-
-def kv_bytes(config: ModelConfig, rows: RowFormats, n_tokens: int, wide: int = 4) -> int:
-    """One session's state at `n_tokens`: rows with the room they grow into, and its frontier."""
-    total = frontier_bytes(config, rows, wide)
-    for i, plan in _compressed(config):
-        capacity, need = 0, n_tokens // plan.ratio
-        while capacity < need:
-            capacity += min(max(capacity, FIRST_CAPACITY), LARGEST_STEP)
-        total += capacity * _row_bytes(config, rows, i)
-    return total
-
-
-def frontier_bytes(config: ModelConfig, rows: RowFormats, wide: int = 4) -> int:
-    """The part of a state that does not grow, which is also what a checkpoint keeps."""
-    total = len(config.layers) * (config.sliding_window - 1) * _width(rows.attention)
-    for _, plan in _compressed(config):
-        width = config.head_dim + (config.index_head_dim if plan.indexed else 0)
-        total += (plan.overlap * plan.ratio - 1) * 2 * plan.overlap * width * wide
-    return total
-
-
-def _compressed(config: ModelConfig) -> list[tuple[int, LayerPlan]]:
-    return [(plan.index, plan) for plan in config.layers if plan.compressed]
-
-
-def _row_bytes(config: ModelConfig, rows: RowFormats, layer: int) -> int:
-    """A compressed row of one layer, with its index row."""
-    index = _width(rows.index) if config.layers[layer].indexed else 0
-    return _width(rows.attention) + index
-
-
-def _width(row: RowFormat) -> int:
-    return row.width * int(row.ops.zeros((1,), row.stored_dtype).nbytes)
-
-
-def scratch_bytes(config: ModelConfig, n: Numerics, context: int) -> int:
-    """Working memory of a prefill chunk at the end of the context, of decoding one expert, and of
-    loading the largest tensor, whichever is most: with plain array operations, where every
-    intermediate result is an array. Metal's kernels keep scores to themselves."""
-    c, s = config, min(n.prefill_chunk, context)
-    streams = 5 * s * c.hc_mult * c.hidden_size
-    queries = 5 * s * c.num_attention_heads * c.head_dim
-    pairs = s * c.num_experts_per_tok * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
-    seen = scored = 0
-    for _, plan in _compressed(c):
-        n_rows = context // plan.ratio
-        seen = max(seen, min(n_rows, c.index_topk) if plan.indexed else n_rows)
-        if plan.indexed and n_rows > c.index_topk:
-            scored = max(scored, n_rows)
-    attention = index = 0
-    if not n.packed:
-        keys = c.sliding_window + seen
-        attention = s * keys * (3 * c.num_attention_heads + 2 * c.head_dim)
-        index = s * scored * (4 * c.index_n_heads + 4)
-    step = streams + queries + max(attention, index, pairs)
-    expert = 3 * c.hidden_size * c.moe_intermediate_size
-    logits = 4 * c.vocab_size
-    largest = max(math.prod(shape) for shape in names.expected(c).values())
-    return max((step + logits) * n.wide, 2 * largest * n.wide) + expert * n.wide + OVERHEAD
-
-
 def plan_memory(
     source: Source,
     n: Numerics,
@@ -288,8 +146,9 @@ def plan_memory(
     not fit, or when experts cannot be streamed from this kind of file.
     """
     config, dense = source.config, dense_bytes(source, n)
-    all_experts = expert_bytes(config, n, records)
-    plan = _plan(config, n, dense, all_experts, _budget(memory), context, runtime)
+    all_experts, packed = expert_bytes(config, n, records), records is not None
+    work = Work(loading_bytes(source, n, False), decoded_at_once(config, n, packed, False))
+    plan = _plan(config, n, dense, all_experts, _budget(memory), context, work, runtime)
     if experts != "streamed" and plan.spare >= 0:
         if records is None or n.ops.lazy:
             return plan
@@ -308,6 +167,8 @@ def plan_memory(
                 else "; without --experts resident they can stay on disk"
             )
         )
+    work = Work(loading_bytes(source, n, True), decoded_at_once(config, n, packed, True))
+    plan = replace(plan, scratch=work.scratch(config, n, plan.context, plan.kv))
     if slots is not None:
         return replace(plan, slots=divide(config, records, slots))
     return fit(plan, config, records)
@@ -332,12 +193,14 @@ def plan_recipe(
     config: ModelConfig,
     formats: Sequence[tuple[str, str, str]],
     dense: int,
+    largest: int,
     context: int | None = None,
     memory: str | None = None,
 ) -> tuple[Numerics, MemoryPlan | OptionsError]:
     """The plan of a bundle that does not exist yet, as the Metal kernels would hold it.
 
-    formats: of gate, up and down, by layer. dense: bytes of everything but the routed experts.
+    formats: of gate, up and down, by layer. dense: bytes of everything but the routed experts, and
+    largest those of its largest tensor.
     """
     ops = cast(Ops, MlxOps())
     rows = row_formats(ops, config, mx.bfloat16, rounded=True, native=True)
@@ -348,8 +211,13 @@ def plan_recipe(
     }
     try:
         budget = _budget(memory)
-        plan = _plan(config, n, dense, expert_bytes(config, n, records), budget, context)
-        return n, plan if plan.spare >= 0 else fit(plan, config, records)
+        work = Work(largest, decoded_at_once(config, n, True, False))
+        plan = _plan(config, n, dense, expert_bytes(config, n, records), budget, context, work)
+        if plan.spare >= 0:
+            return n, plan
+        work = replace(work, at_once=decoded_at_once(config, n, True, True))
+        plan = replace(plan, scratch=work.scratch(config, n, plan.context, plan.kv))
+        return n, fit(plan, config, records)
     except OptionsError as exc:
         return n, exc
 
@@ -365,33 +233,29 @@ def _plan(
     experts: int,
     budget: int,
     context: int | None,
+    work: Work,
     runtime: int | None = None,
 ) -> MemoryPlan:
     """With all experts in memory, whether or not they fit."""
     if context is None:
         context = _fitting_context(config, n, budget // 4)
+    kv = session_bytes(config, n, context)
     return MemoryPlan(
         budget=budget,
         context=context,
         runtime=resident_bytes() if runtime is None else runtime,
         dense=dense,
-        kv=_session_bytes(config, n, context),
-        scratch=scratch_bytes(config, n, context),
+        kv=kv,
+        scratch=work.scratch(config, n, context, kv),
         all_experts=experts,
     )
-
-
-def _session_bytes(config: ModelConfig, n: Numerics, context: int) -> int:
-    """One session at its full context, with its checkpoints."""
-    checkpoints = MOST * frontier_bytes(config, n.rows, n.wide)
-    return kv_bytes(config, n.rows, context, n.wide) + checkpoints
 
 
 def _fitting_context(config: ModelConfig, n: Numerics, room: int) -> int:
     """The model's own context, halved until rows and working memory fit into `room` bytes."""
     context = config.max_position_embeddings
     while context > LEAST_CONTEXT:
-        if _session_bytes(config, n, context) + scratch_bytes(config, n, context) <= room:
+        if session_bytes(config, n, context) + step_bytes(config, n, context) <= room:
             break
         context //= 2
     return context

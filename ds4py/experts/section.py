@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 
 from ds4py.experts.policy import Key, Placement, Policy, Residency
@@ -20,6 +21,8 @@ from ds4py.kernels.ops import Array
 
 STAGING = 16
 """Slots for records that do not stay, at most; half of them are computed with at a time."""
+DECODED = STAGING // 2
+"""Experts decoded at a time, at most, where decoding takes memory of its own."""
 
 
 @dataclass
@@ -131,8 +134,14 @@ class Section:
             self._fetch(slot, Key(layer, expert), DEMAND)
         return placed
 
-    def batches(self, layer: int, placed: Placement, ahead: Callable[[], None]) -> Iterator[Batch]:
-        """The experts of a placement, each in one batch, as their records arrive.
+    def batches(
+        self,
+        layer: int,
+        placed: Placement,
+        ahead: Callable[[], None],
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        """The experts of a placement, each in one batch of at most `limit`, as they arrive.
 
         ahead: called whenever all of this layer's reads are on their way, to ask for others.
         """
@@ -143,11 +152,11 @@ class Section:
         self._top_up(layer, todo, flying)
         if not todo:
             ahead()
-        if here:
-            yield Batch(here, passing=False)
-        if coming:
-            self._wait(coming.values())
-            yield Batch(coming, passing=False)
+        for some in _pieces(here, limit):
+            yield Batch(some, passing=False)
+        for some in _pieces(coming, limit):
+            self._wait(some.values())
+            yield Batch(some, passing=False)
         while flying:
             batch = dict(flying.popleft() for _ in range(min(self._half, len(flying))))
             self._wait(batch.values())
@@ -209,3 +218,10 @@ class Section:
         start = perf_counter()
         self.pool.wait(slots)
         self.stall_s += perf_counter() - start
+
+
+def _pieces(slots: Mapping[int, int], limit: int | None) -> Iterator[dict[int, int]]:
+    """In order, at most `limit` at a time."""
+    items = iter(slots.items())
+    while some := dict(islice(items, limit)):
+        yield some

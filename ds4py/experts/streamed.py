@@ -28,7 +28,7 @@ from ds4py.experts.options import StreamingOptions
 from ds4py.experts.policy import DECODE_ROWS, Ids, Key, online_policy
 from ds4py.experts.probe import choose_depth
 from ds4py.experts.reader import Readers, ReadInto, RecordReader
-from ds4py.experts.section import STAGING, Section
+from ds4py.experts.section import DECODED, STAGING, Section
 from ds4py.experts.swaps import BoundedSwaps
 from ds4py.formats.bundle import LayerRecords
 from ds4py.kernels import moe
@@ -282,7 +282,8 @@ class StreamedExperts(ExpertSource):
         pairs, order = None, np.sort(chosen, axis=None)
         rows: list[Ids] = []
         parts: list[Array] = []
-        for batch in section.batches(layer, placed, ahead):
+        batches = section.batches(layer, placed, ahead, DECODED if self.ops.lazy else None)
+        for batch in batches:
             w13, w2, place = self._lay_out(layer, section, batch.slots)
             if len(batch.slots) == len(experts) and not batch.passing:
                 slots = self.ops.array(place[chosen])
@@ -295,8 +296,7 @@ class StreamedExperts(ExpertSource):
             some = self._select(pairs, here, place[order[here]])
             part = moe.through(self.ops, x, some, w13, w2, self.config.swiglu_limit, observe)
             if self.ops.lazy:
-                # Passing slots are read no more once it is computed; else only start it.
-                (mx.eval if batch.passing else mx.async_eval)(part)
+                mx.eval(part)  # bounds the decoded experts; passing slots are read no more
             rows.append(here)
             parts.append(part)
         else:

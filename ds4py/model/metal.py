@@ -20,7 +20,7 @@ from ds4py.config import LayerPlan
 from ds4py.kernels import attend, compress, dense, heads, hyper, index, matvec, moe, route, state
 from ds4py.kernels.attend import StoredRows
 from ds4py.kernels.build import Launcher
-from ds4py.kernels.formats import PackedMatrix
+from ds4py.kernels.formats import PackedMatrix, unpack
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype
@@ -138,10 +138,18 @@ class Metal(Reference):
 
     def embed(self, table: Array, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
         def run(tokens: Array) -> Sequence[Array]:
-            fn = reader.fn.arrays[0]
-            return hyper.embed(self.launcher, tokens, table, fn, n_streams, self.dtype)
+            fn, rows, at = reader.fn.arrays[0], table, tokens
+            if isinstance(table, PackedMatrix):
+                rows, at = self._rows(table, tokens), self.ops.arange(tokens.shape[0])
+            return hyper.embed(self.launcher, at, rows, fn, n_streams, self.dtype)
 
         return Streams(*self._replay(("embed", id(reader)), tokens, (tokens,), run))
+
+    def _rows(self, table: Array | PackedMatrix, tokens: Array) -> Array:
+        """Rows of an embedding, which stays as it is stored: blocks are decoded here."""
+        if isinstance(table, PackedMatrix):
+            return unpack(table.format, table.rows[tokens], table.n_in)
+        return table[tokens]
 
     def enter(self, streams: Streams, reader: HyperWeights, norm: Array) -> tuple[Array, Residual]:
         def run(values: Array, partials: Array | None) -> Sequence[Array]:
@@ -334,7 +342,7 @@ class Metal(Reference):
 
     def draft(self, layer: DraftLayer, streams: Array, tokens: Array) -> Streams:
         ops, eps, (n, h, d) = self.ops, self.config.rms_norm_eps, streams.shape
-        row = rms_norm(ops, layer.embed[tokens].astype(self.dtype), layer.enorm, eps)
+        row = rms_norm(ops, self._rows(layer.embed, tokens).astype(self.dtype), layer.enorm, eps)
         old = rms_norm(ops, streams, layer.hnorm, eps).reshape(n * h, d)
         new = self._dense(row, layer.e_proj).reshape(n, 1, d)
         old = self._dense(old, layer.h_proj).reshape(n, h, d)

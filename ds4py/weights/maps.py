@@ -43,7 +43,7 @@ class Maps(Protocol):
         """One map per group of inputs, stored one above the other."""
         ...
 
-    def table(self, name: str) -> Array:
+    def table(self, name: str) -> Array | PackedMatrix:
         """Rows to look up, [n, width]."""
         ...
 
@@ -102,11 +102,10 @@ class PackedMaps:
     def grouped(self, name: str, n_groups: int) -> LinearMaps:
         return (self._matrix(name),)  # groups lie one above the other in the file, too
 
-    def table(self, name: str) -> Array:
-        stored = self.source.stored(name)
-        if stored.format in TYPES:
-            return self.adopt(stored.rows).view(TYPES[stored.format])
-        return mx.array(self.source.matrix(name)).astype(self.dtype)
+    def table(self, name: str) -> Array | PackedMatrix:
+        matrix = self._matrix(name)
+        kind = TYPES.get(matrix.format)
+        return matrix if kind is None else matrix.rows.view(kind)
 
     def mix(self, name: str) -> Weight:
         fn = self.source.floats(name)

@@ -10,7 +10,7 @@ import pytest
 
 from ds4py import Engine, EngineOptions
 from ds4py.engine import memory
-from ds4py.errors import OptionsError, WeightsError
+from ds4py.errors import WeightsError
 from ds4py.experts.streamed import StreamedExperts
 from ds4py.formats import gguf
 from ds4py.weights.files import ModelFiles
@@ -52,13 +52,21 @@ def test_formats_and_sizes_that_differ(tmp_path: Path) -> None:
 def test_the_plan_streams_what_does_not_fit(file: Built) -> None:
     """Slots are records of whole pages; the parts of the file add up to what is on disk."""
     source = ModelFiles.at(file.path).source()
-    numerics, everything = memory.plan_files(ModelFiles.at(file.path), 512, "1GB")
+    numerics, _ = memory.plan_files(ModelFiles.at(file.path), 512, "1GB")
     records = source.records()
-    assert records is not None and not isinstance(everything, OptionsError)
-    tight = memory.plan_memory(source, numerics, records, 512, str(everything.total - 1))
+    assert records is not None
+
+    def plan(budget: int) -> memory.MemoryPlan:
+        given = 512, str(budget), "auto", None, 50_000_000
+        return memory.plan_memory(source, numerics, records, *given)
+
+    everything = plan(10**9)
+    tight = plan(everything.fixed + everything.all_experts - 1)
+    assert not everything.streamed
     assert tight.streamed and {part.record_bytes for part in tight.slots} == {65536}
-    engine = Engine.open(file.path, EngineOptions(context=512, memory=str(tight.total)))
-    assert isinstance(engine.experts, StreamedExperts) and engine.plan.total <= tight.total
+    options = EngineOptions(context=512, memory="1GB", experts="streamed")
+    engine = Engine.open(file.path, options)
+    assert isinstance(engine.experts, StreamedExperts) and engine.plan.total <= 10**9
 
 
 def test_reads_are_the_parts(file: Built) -> None:

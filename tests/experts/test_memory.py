@@ -84,6 +84,46 @@ def test_the_estimate_is_what_a_load_takes(packed: Path, tmp_path: Path) -> None
         assert found["peak"] <= 1.05 * found["total"], found
 
 
+LOAD = """
+import json, sys
+from ds4py import Engine, EngineOptions
+from ds4py.engine import memory
+from ds4py.engine.footprint import Numerics, loading_bytes
+from ds4py.kernels.build import Launcher
+chosen = EngineOptions(kernels="metal", context=512)
+engine = Engine.open(sys.argv[1], chosen, launcher=Launcher())
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+memory.release_free_memory()
+model, source = engine.model, engine._loader.checkpoint
+numerics = Numerics(model.ops, model.dtype, model.rows, chosen.prefill_chunk, packed=True)
+print(json.dumps({
+    "loaded": memory.resident_bytes(),
+    "peak": 1024 * int(status["VmHWM"].split()[0]),
+    "weights": engine.plan.runtime + engine.plan.dense + engine.plan.experts,
+    "loading": loading_bytes(source, numerics, streamed=False),
+}))
+"""
+
+
+@linux
+@pytest.mark.parametrize("embedding", ["F32", "Q8_0"])
+def test_the_estimate_of_a_load_as_it_is_stored(tmp_path: Path, embedding: str) -> None:
+    """As the Metal kernels hold it, weights in the bytes of the file: within 5 %, at the peak too.
+    The embedding, the largest tensor, is not decoded to be looked up in."""
+    wide = Preset((0, 4), 0, hidden=1024, inner=256, experts=4, experts_used=2, vocab=65536)
+    c = config(wide) | {"num_hash_layers": 0, "num_nextn_predict_layers": 0}
+    formats = {"embed.weight": "Q8_0"} if embedding == "Q8_0" else {}
+    make(tmp_path, c | {"compress_ratios": [0, 4]}, ("Q8_0", "Q8_0", "Q8_0"), dense=formats)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert abs(found["weights"] - found["loaded"]) <= 0.05 * found["loaded"], found
+    expected = found["weights"] + found["loading"]
+    assert abs(expected - found["peak"]) <= 0.05 * found["peak"], found
+
+
 @linux
 def test_a_budget_is_kept(packed: Path) -> None:
     """Less memory than the model takes: streamed, within the budget, and flat."""

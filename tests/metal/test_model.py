@@ -15,6 +15,7 @@ import pytest
 
 from ds4py import Engine, EngineOptions, SamplingOptions, assets
 from ds4py.kernels.build import Launcher
+from tests.experts import models
 from tests.golden import sets
 
 pytest.importorskip("ziglang")
@@ -101,6 +102,15 @@ def test_experts_streamed_from_disk() -> None:
     metal = Engine.open(TWO_BIT, options, launcher=Launcher(make))
     ids, chunks = some_tokens(14), [10, 1, 1, 1, 1]
     check(metal.score(ids, chunks), reference.score(ids, chunks))
+
+
+def test_a_packed_embedding(tmp_path: Path) -> None:
+    """Rows are decoded where they are looked up, for steps, prompts and the draft layer."""
+    formats = models.Q8["formats"] | {"embed": "Q8_0"}
+    reference, metal = engines(models.make(tmp_path, {"formats": formats}))
+    ids = models.prompt(14)
+    check(metal.score(ids, [10, 1, 1, 1, 1]), reference.score(ids, [10, 1, 1, 1, 1]))
+    check(metal.score_mtp(ids), reference.score_mtp(ids))
 
 
 @pytest.mark.parametrize(
