@@ -16,7 +16,7 @@ template <typename TX, int K> struct sublayer_output {
 // body
 constexpr int TILE = NSG * ROWS;
 threadgroup vec<T, 4> xs[S * KC / 4];
-threadgroup uint4 stage[NSG * STAGE_WORDS / 4];
+threadgroup uint4 stage[NSG * stage_words(S) / 4];
 threadgroup uint2 points[F == FORMAT_IQ2_XXS ? 256 : 1];
 threadgroup float out[S * TILE];
 threadgroup float mixed[S * H * TILE];

@@ -12,7 +12,7 @@
 constexpr int TILE = NSG * ROWS;
 constexpr bool HAS_POINTS = USED(FORMAT_IQ2_XXS);
 threadgroup vec<T, 4> xs[S * KC / 4];
-threadgroup uint4 stage[NSG * STAGE_WORDS / 4];
+threadgroup uint4 stage[NSG * stage_words(S) / 4];
 threadgroup uint2 points[HAS_POINTS ? 256 : 1];
 threadgroup float out[S * TILE];
 threadgroup float inverse_rms[S];

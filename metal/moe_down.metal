@@ -20,11 +20,11 @@ template <typename T, int I> struct hidden_input {
 constexpr int TILE = NSG * ROWS;
 constexpr bool HAS_POINTS = FE == FORMAT_IQ2_XXS || FS == FORMAT_IQ2_XXS;
 threadgroup vec<T, 4> xs[(S * KC > K1 ? S * KC : K1) / 4];
-threadgroup uint4 stage[NSG * STAGE_WORDS / 4];
+threadgroup uint4 stage[NSG * stage_words(S) / 4];
 threadgroup uint2 points[HAS_POINTS ? 256 : 1];
 threadgroup float out[S * TILE];
-threadgroup float terms[S * (KTOP + 1) * TILE];  // of the sum
-threadgroup float mixed[S * H * TILE];
+// Terms of the sum, then the new streams.
+threadgroup float terms[S * (KTOP + 1 > H ? KTOP + 1 : H) * TILE];
 threadgroup int chosen[S * KTOP];
 threadgroup int places[S];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
@@ -78,5 +78,5 @@ for (int i = int(32 * sg + lane); i < S * TILE; i += 32 * NSG) {
   out[i] = sum;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-expand_tile<S, H, D, R, TILE, NSG, T>(out, mixed, first, n_rows, S, streams, gates, fn, expanded,
+expand_tile<S, H, D, R, TILE, NSG, T>(out, terms, first, n_rows, S, streams, gates, fn, expanded,
                                    partials + group * S * (R + 1), sg, lane);

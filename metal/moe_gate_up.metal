@@ -23,7 +23,7 @@ template <typename T, int D, int PLACES> struct expert_input {
 constexpr int TILE = NSG * ROWS;
 constexpr bool HAS_POINTS = FE == FORMAT_IQ2_XXS || FS == FORMAT_IQ2_XXS;
 threadgroup vec<T, 4> xs[(S * KC > K1 ? S * KC : K1) / 4];
-threadgroup uint4 stage[NSG * STAGE_WORDS / 4];
+threadgroup uint4 stage[NSG * stage_words(S) / 4];
 threadgroup uint2 points[HAS_POINTS ? 256 : 1];
 threadgroup float out[2 * S * TILE];
 threadgroup int chosen[S * KTOP];

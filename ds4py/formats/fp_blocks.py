@@ -118,9 +118,16 @@ def are_finite(dtype: str, bits: npt.NDArray[Any]) -> bool:
 def fp8_rows(codes: U8, scale: U8) -> U8:
     """E4M3 [rows, cols] with its E8M0 scales -> [rows, cols + ceil(cols/128)].
 
-    A row's own scales follow its codes, so that one row can be read by itself.
+    Each 128 codes of a row follow their scale, so that a row is read from one end to the other.
     """
-    return np.concatenate([codes, np.repeat(scale, FP8_BLOCK, axis=0)[: len(codes)]], axis=1)
+    n_rows, n_cols = codes.shape
+    rows = np.empty((n_rows, n_cols + -(-n_cols // FP8_BLOCK)), np.uint8)
+    for block, first in enumerate(range(0, n_cols, FP8_BLOCK)):
+        part = codes[:, first : first + FP8_BLOCK]
+        at = first + block
+        rows[:, at] = np.repeat(scale[:, block], FP8_BLOCK)[:n_rows]
+        rows[:, at + 1 : at + 1 + part.shape[1]] = part
+    return rows
 
 
 def scale_shape(dtype: str, shape: tuple[int, int]) -> tuple[int, int]:

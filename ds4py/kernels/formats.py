@@ -17,7 +17,7 @@ from ds4py.kernels.ops import Array, PackedWeight
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
 """Formats of rows without blocks, and the bytes of a value."""
 FP8 = "FP8"
-"""A row's E4M3 codes, then one E8M0 scale for every 128 of them."""
+"""Blocks of an E8M0 scale and its 128 E4M3 codes, fewer at the end of a row."""
 CODES = {"F32": 0, "F16": 1, "BF16": 30, FP8: 128} | {f.name: f.gguf_type for f in FORMATS.values()}
 """What the kernels call a format."""
 OCTET = 8
@@ -116,6 +116,8 @@ def unpack(name: str, rows: Array, n_in: int) -> Array:
     if name == FP8:
         xp = mx if lazy else np
         codes, scales = xp.array(fp_blocks.E4M3), xp.array(fp_blocks.E8M0)
-        scale = xp.repeat(scales[rows[..., n_in:]], fp_blocks.FP8_BLOCK, -1)
-        return codes[rows[..., :n_in]] * scale[..., :n_in]
+        block = np.arange(n_in) // fp_blocks.FP8_BLOCK
+        first = block * (fp_blocks.FP8_BLOCK + 1)
+        values, scale = rows[..., xp.array(np.arange(n_in) + block + 1)], rows[..., xp.array(first)]
+        return codes[values] * scales[scale]
     return (decode_mlx if lazy else decode)(name, rows)

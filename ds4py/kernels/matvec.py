@@ -21,8 +21,13 @@ FEW_GROUPS = 128
 """Threadgroups below which cores of the largest GPUs (80) would idle."""
 MAX_TILE_ROWS = 32
 """Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
-THREADGROUP_BYTES, STAGE_BYTES, POINTS_BYTES = 32768, 2432, 2048
-"""Threadgroup memory: all, the stage of a simdgroup, IQ2_XXS's points and small tables."""
+THREADGROUP_BYTES, POINTS_BYTES = 32768, 2048
+"""Threadgroup memory: all, and IQ2_XXS's points."""
+
+
+def stage_bytes(n_x: int) -> int:
+    """Threadgroup memory where a simdgroup stages weights."""
+    return 2816 if n_x > 2 else 2432
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def tiling(
     """
     for simdgroups in (8, 4):
         rows = tile // simdgroups if tile else _rows(n_x, n_rows, simdgroups)
-        kept = STAGE_BYTES * simdgroups + 4 * floats * simdgroups * rows + POINTS_BYTES + 256
+        kept = stage_bytes(n_x) * simdgroups + 4 * floats * simdgroups * rows + POINTS_BYTES + 256
         plan = Tiling(simdgroups, rows, THREADGROUP_BYTES - kept)
         if simdgroups == 4 or (n_x <= 2 and n_x * n_in * dtype.size <= plan.room):
             break

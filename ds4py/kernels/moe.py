@@ -173,7 +173,7 @@ def down(
     assert s <= matvec.MAX_ROWS and slots.shape == (s, places - 1)
     assert h.dtype == residual.streams.dtype
     assert experts.n_inner == n_inner == shared.n_in and shared.rows.shape[0] == d == experts.n_in
-    floats = s * (1 + places + n_streams)
+    floats = s * (1 + max(places, n_streams))
     plan = matvec.tiling(s, n_inner, h.dtype, d, floats, dense.EXPAND_TILE)
     template = [
         *(("T", h.dtype), ("S", s), ("KTOP", places - 1), ("I", n_inner)),

@@ -1,6 +1,6 @@
 // Weight formats. A matrix is one array of bytes, a row of it a run of blocks; ggml's formats lie
-// as ggml lays them out, F32, F16 and BF16 are plain, and an FP8 row is its E4M3 bytes followed by
-// one E8M0 scale for every 128 of them.
+// as ggml lays them out, F32, F16 and BF16 are plain, and an FP8 block is an E8M0 scale and its 128
+// E4M3 bytes, fewer at the end of a row.
 //
 // Everything is read in octets: eight consecutive values of a row. A unit of 256 values is 32
 // octets, one for each lane, so that lanes read neighbouring bytes of the weights and neighbouring
@@ -27,7 +27,8 @@ constexpr int block_values(int format) {
       : format == FORMAT_Q2_K || format == FORMAT_Q4_K || format == FORMAT_Q6_K ||
           format == FORMAT_IQ2_XXS
       ? 256
-      : 1;
+      : format == FORMAT_FP8 ? 128
+                             : 1;
 }
 
 constexpr int block_bytes(int format) {
@@ -39,19 +40,13 @@ constexpr int block_bytes(int format) {
       : format == FORMAT_Q6_K ? 210
       : format == FORMAT_IQ2_XXS ? 66
       : format == FORMAT_MXFP4 ? 17
-                               : 1;
+                               : 129;
 }
 
-// Bytes of k values, without FP8's scales.
-constexpr int value_bytes(int format, int k) {
-  return k / block_values(format) * block_bytes(format);
-}
-
-// Bytes of the E8M0 scales at the end of a row of k values.
-constexpr int scale_bytes(int format, int k) { return format == FORMAT_FP8 ? (k + 127) / 128 : 0; }
-
+// Bytes of the first k values of a row; k is whole blocks, but for FP8.
 constexpr int row_bytes(int format, int k) {
-  return value_bytes(format, k) + scale_bytes(format, k);
+  return format == FORMAT_FP8 ? k + (k + 127) / 128
+                              : k / block_values(format) * block_bytes(format);
 }
 
 // Whether a value is scale * number - least.
@@ -174,11 +169,11 @@ inline float4 with_signs(float4 x, uint signs) {
                 signs & 8 ? -x.w : x.w);
 }
 
-// Octet `l` (0..31) of the unit whose bytes begin at `at`; `scales` is where FP8's scales of the
-// row's values from that unit on lie; `points` are IQ2_XXS's. MXFP4 scales from 2^114 and FP8
-// scales from 2^120 on become infinite, because the power of two above is multiplied into them.
+// Octet `l` (0..31) of the unit whose bytes begin at `at`; `points` are IQ2_XXS's. MXFP4 scales
+// from 2^114 and FP8 scales from 2^120 on become infinite, because the power of two above is
+// multiplied into them.
 template <int F, typename P>
-inline octet octet_at(P words, uint at, uint l, uint scales, threadgroup const uint2* points) {
+inline octet octet_at(P words, uint at, uint l, threadgroup const uint2* points) {
   octet o;
   o.scale = 1.0f;
   o.least = 0.0f;
@@ -203,10 +198,11 @@ inline octet octet_at(P words, uint at, uint l, uint scales, threadgroup const u
     o.hi = float4(as_type<float>(c << 16), as_type<float>(c & 0xffff0000u),
                   as_type<float>(d << 16), as_type<float>(d & 0xffff0000u));
   } else if (F == FORMAT_FP8) {
-    uint2 q = words_at(words, at + 8 * l);
+    uint block = at + 129 * (l >> 4);
+    uint2 q = words_at(words, block + 1 + 8 * (l & 15));
     o.lo = e4m3(q.x);
     o.hi = e4m3(q.y);
-    o.scale = 256.0f * e8m0(byte_at(words, scales + (l >> 4)));
+    o.scale = 256.0f * e8m0(byte_at(words, block));
   } else if (F == FORMAT_Q8_0) {
     uint block = at + 34 * (l >> 2);
     uint2 q = words_at(words, block + 2 + 8 * quarter);

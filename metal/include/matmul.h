@@ -59,8 +59,7 @@ inline void tile_matmul(tile_rows<HALF> weights, int n_rows, X x, int n_x,
         ulong begin = weights.start[part] + ulong(row % HALF) * row_bytes(F, K);
         uint at = uint(begin & 3);
         octet w = octet_at<F>(weights.words[part] + (begin >> 2),
-                              at + k / 256 * value_bytes(F, 256), uint(k % 256) / 8,
-                              at + value_bytes(F, K) + k / 256 * 2, points);
+                              at + row_bytes(F, k / 256 * 256), uint(k % 256) / 8, points);
         lo = w.lo * w.scale - w.least;
         hi = w.hi * w.scale - w.least;
       }

@@ -2,13 +2,14 @@
 //
 // A step of decoding is bound by the weights' bytes, so the plan is built around reading each of
 // them once, in whole lines:
-// - A simdgroup owns ROWS neighbouring rows and reads them R at a time. Their bytes form one range
-//   (or one range per row, where not all of a row is used at once); lanes load it in 16-byte words,
-//   512 bytes at a time from the beginning of a 128-byte line, whatever the format's blocks are.
-// - The range goes through threadgroup memory, where each lane picks out its octet. Blocks of 17,
-//   34, 66 or 210 bytes would otherwise make a simdgroup's loads straddle lines.
-// - The next range is on its way to registers (up to 2.3 KB a simdgroup, 18 KB a threadgroup) while
-//   this one is used; that, not many resident simdgroups, is what hides the memory's latency.
+// - A simdgroup owns ROWS neighbouring rows and reads them R at a time. Lanes load 16-byte words,
+//   in whole lines of 128 bytes, whatever the format's blocks are: of R rows as one range where
+//   that is little, else of each row piece by piece. The bytes of a piece's last line that belong
+//   to the next piece stay in registers until it comes.
+// - The bytes go through threadgroup memory, where each lane picks out its octet. Blocks of 17, 34,
+//   66 or 210 bytes would otherwise make a simdgroup's loads straddle lines.
+// - The next bytes are on their way to registers (about 2.3 KB a simdgroup, 18 KB a threadgroup)
+//   while these are used; that, not many resident simdgroups, is what hides the memory's latency.
 // - Activations are staged in threadgroup memory once per threadgroup and used by all its rows.
 //
 // A lane's sum runs over its octets in ascending order and the lanes are summed by simd_sum: the
@@ -17,29 +18,48 @@
 
 #include "formats.h"
 
-// Bytes of weights a simdgroup has in flight: a row of 4096 in MXFP4, Q4_K or IQ2_XXS (two), half
-// of one in Q8_0.
-constexpr int burst_bytes(int format) { return format == FORMAT_FP8 ? 2048 : 2304; }
+enum { LINE = 128 };
 
-// Words of threadgroup memory per simdgroup: a burst, its alignment, FP8's scales.
-enum { STAGE_WORDS = 608 };
+// Bytes of threadgroup memory where a simdgroup stages weights. With one or two activation rows
+// eight simdgroups have to fit beside them.
+constexpr int stage_bytes(int n_x) { return n_x > 2 ? 2816 : 2432; }
+constexpr int stage_words(int n_x) { return stage_bytes(n_x) / 4; }
 
-// Rows read together: as many as a burst holds whole. Activations are read again for each octet of
-// a row, so with more than two activation rows an octet of them must serve two weight rows, with
-// more than four four, or threadgroup memory would be busier than the memory behind it.
-constexpr int rows_together(int format, int k, int n_x, int rows) {
-  return smaller(rows, 4 * row_bytes(format, k) <= burst_bytes(format) ||
-                         (n_x > 4 && 4 * value_bytes(format, 256) <= burst_bytes(format))
-                     ? 4
-                     : n_x > 2 || 2 * row_bytes(format, k) <= burst_bytes(format) ? 2
-                                                                                  : 1);
+// Bytes staged for a range of n bytes that begins anywhere in a 16-byte word: alone, or as a piece
+// whose last line comes with it.
+constexpr int range_room(int n) { return (n + 30) / 16 * 16; }
+constexpr int piece_room(int n) { return (n + LINE - 1 + 30) / 16 * 16; }
+
+// Whether r rows are read as one range: not when another matrix's bytes would have to be staged
+// before all of them are used.
+constexpr bool read_whole(int format, int k, int staged, int n_x, int n_matrices, int r) {
+  return range_room(r * row_bytes(format, k)) <= stage_bytes(n_x) &&
+      (staged >= k || n_matrices == 1);
 }
 
-// Values of a row read together: all k, or whole units that fit a burst.
-constexpr int piece_values(int format, int k, int r) {
-  return value_bytes(format, k) * r <= burst_bytes(format)
-      ? k
-      : 256 * (burst_bytes(format) / (r * value_bytes(format, 256)));
+// A row whose first and last line, shared with its neighbours, are over a tenth of what is read.
+constexpr bool is_short(int n_bytes) {
+  return n_bytes < 9 * (LINE - smaller(n_bytes & -n_bytes, LINE));
+}
+
+// Rows read together: four if they are read whole. Activations are read again for each octet of a
+// row, so with more than two activation rows an octet of them must serve two weight rows, with more
+// than four four, or threadgroup memory would be busier than the memory behind it.
+constexpr int rows_together(int format, int k, int staged, int n_x, int n_matrices, int rows) {
+  return smaller(
+      rows,
+      read_whole(format, k, staged, n_x, n_matrices, 4) ? 4
+          : n_x > 4 && 4 * piece_room(row_bytes(format, 256)) <= stage_bytes(n_x) &&
+              !is_short(row_bytes(format, k)) ? 4
+          : n_x > 2 || read_whole(format, k, staged, n_x, n_matrices, 2) ? 2
+                                                                         : 1);
+}
+
+// Values of a row read together where r rows are not read whole: units that the stage has room for.
+constexpr int piece_values(int format, int n_x, int r) {
+  int units = 1;
+  while (r * piece_room(row_bytes(format, 256 * (units + 1))) <= stage_bytes(n_x)) units++;
+  return 256 * units;
 }
 
 // Weights as the kernel got them: 16-byte words of an array of `size` bytes, and where the rows of
@@ -50,92 +70,102 @@ template <int M> struct weight_rows {
   ulong start[M];
 };
 
-// A range of weights on its way from device memory through registers to threadgroup memory: values
-// p0..p1 of rows `row`..`row + n`, n <= R. KC values of a row are used at a time.
-template <int F, int K, int KC, int R> struct weight_stream {
+// The 16 bytes from `at`, a multiple of 16, on; what is beyond the array's end is 0.
+inline uint4 word_of_16(device const uint4* words, ulong size, ulong at) {
+  if (at + 16 <= size) return words[at >> 4];
+  uint4 tail = uint4(0, 0, 0, 0);
+  device const uchar* bytes = (device const uchar*)words;
+  for (uint j = 0; at + j < size; j++) tail[j >> 2] |= uint(bytes[at + j]) << (8 * (j & 3));
+  return tail;
+}
+
+// Weights on their way from device memory through registers to threadgroup memory: values p0..p1 of
+// rows `row`..`row + n`, n <= R. KC values of a row are used at a time.
+template <int F, int K, int KC, int NX, int M, int R> struct weight_stream {
   enum {
     ROW = row_bytes(F, K),
-    PIECE = piece_values(F, KC, R),
-    WHOLE = KC >= K && R * ROW <= burst_bytes(F),
+    WHOLE = read_whole(F, K, KC, NX, M, R),
     RANGES = WHOLE ? 1 : R,
-    ROOM = (value_bytes(F, PIECE) + 30) / 16 * 16,  // bytes staged per range, alignment included
-    LOADS = (127 + (WHOLE ? R * ROW : value_bytes(F, PIECE)) + 511) / 512,
-    // FP8's scales of KC values for R rows, at the end of the stage.
-    SCALES = WHOLE || F != FORMAT_FP8 ? 0 : (KC + 127) / 128,
-    SCALES_AT = 4 * STAGE_WORDS - (R * SCALES + 3) / 4 * 4
+    RANGE = WHOLE ? R * ROW : ROW,
+    PIECE = WHOLE ? K : smaller(piece_values(F, NX, R), KC),
+    CARRIES = !WHOLE && PIECE < K,
+    MOST = WHOLE ? RANGE : row_bytes(F, PIECE),  // bytes of a piece
+    ROOM = CARRIES ? piece_room(MOST) : range_room(MOST),
+    WORDS = (MOST + 2 * (LINE - 1)) / LINE * (LINE / 16),  // of a piece's lines
+    LOADS = (RANGES * WORDS + 31) / 32
   };
-  uint4 loaded[RANGES * LOADS];
-  uint loaded_scales[(R * SCALES + 31) / 32 + 1];
+  uint4 loaded[LOADS];
+  uint4 carried[M];  // lane 8 * q + w: word w of the line that ends range q's last piece
 
-  // First byte after `begin` that range q covers, and the byte after its last.
-  static ulong begin(ulong start, int row, int q, int p0) {
-    return start + ulong(row + q) * ROW + value_bytes(F, p0);
+  // Of range q: the piece's first byte, the first word that is not carried, and the first byte that
+  // is not loaded.
+  struct extent { ulong begin, from, end; };
+  static extent extent_of(ulong start, int row, int n, int q, int p0, int p1) {
+    ulong range = start + ulong(row + q) * ROW;
+    extent e;
+    e.begin = range + row_bytes(F, p0);
+    e.from = p0 == 0 ? line_of(e.begin) : line_of(e.begin + LINE - 1);
+    e.end = range + (WHOLE ? ulong(n) * ROW : ROW);
+    if (CARRIES) e.end = min(e.end, line_of(range + row_bytes(F, p1) + LINE - 1));
+    return e;
   }
-  static ulong end(ulong start, int row, int q, int n, int p0, int p1) {
-    return WHOLE ? start + ulong(row + n) * ROW
-                 : begin(start, row, q, p0) + value_bytes(F, p1 - p0);
-  }
+  static ulong line_of(ulong at) { return at & ~ulong(LINE - 1); }
 
   void fetch(device const uint4* words, ulong size, ulong start, int row, int n, int p0, int p1,
-             bool first, uint lane) {
+             uint lane) {
     MLX_MTL_PRAGMA_UNROLL
-    for (int q = 0; q < RANGES; q++) {
-      ulong a = begin(start, row, q, p0), b = end(start, row, q, n, p0, p1);
-      MLX_MTL_PRAGMA_UNROLL
-      for (int i = 0; i < LOADS; i++) {
-        ulong at = (a & ~ulong(127)) + 16 * (lane + 32 * i);
-        if (q < n && at + 16 > a && at < b) {
-          if (at + 16 <= size) {
-            loaded[q * LOADS + i] = words[at >> 4];
-          } else {  // the array's last bytes
-            uint4 tail = uint4(0, 0, 0, 0);
-            device const uchar* bytes = (device const uchar*)words;
-            for (uint j = 0; at + j < size; j++) {
-              tail[j >> 2] |= uint(bytes[at + j]) << (8 * (j & 3));
-            }
-            loaded[q * LOADS + i] = tail;
-          }
-        }
-      }
-    }
-    if (SCALES != 0 && first) {
-      device const uchar* bytes = (device const uchar*)words;
-      for (int i = int(lane); i < n * SCALES; i += 32) {
-        int r = i / int(SCALES), j = i % int(SCALES);
-        ulong at = start + ulong(row + r) * ROW + K + p0 / 128 + j;
-        if (p0 / 128 + j < scale_bytes(F, K)) loaded_scales[i / 32] = bytes[at];
+    for (int i = 0; i < LOADS; i++) {
+      int word = int(lane) + 32 * i, q = RANGES == 1 ? 0 : word / WORDS;
+      extent e = extent_of(start, row, n, q, p0, p1);
+      ulong at = e.from + 16 * (word - q * WORDS);
+      if (q < smaller(n, RANGES) && at + 16 > e.begin && at < e.end) {
+        loaded[i] = word_of_16(words, size, at);
       }
     }
   }
 
-  void commit(threadgroup uint* own, ulong start, int row, int n, int p0, int p1, bool first,
+  void commit(threadgroup uint4* own, ulong start, int row, int n, int m, int p0, int p1,
               uint lane) {
     MLX_MTL_PRAGMA_UNROLL
-    for (int q = 0; q < RANGES; q++) {
-      ulong a = begin(start, row, q, p0), b = end(start, row, q, n, p0, p1);
-      MLX_MTL_PRAGMA_UNROLL
-      for (int i = 0; i < LOADS; i++) {
-        ulong at = (a & ~ulong(127)) + 16 * (lane + 32 * i);
-        if (q < n && at + 16 > a && at < b) {
-          uint to = uint(q * ROOM) + uint(at - (a & ~ulong(15)));
-          ((threadgroup uint4*)own)[to >> 4] = loaded[q * LOADS + i];
-        }
+    for (int i = 0; i < LOADS; i++) {
+      int word = int(lane) + 32 * i, q = RANGES == 1 ? 0 : word / WORDS;
+      extent e = extent_of(start, row, n, q, p0, p1);
+      ulong at = e.from + 16 * (word - q * WORDS);
+      if (q < smaller(n, RANGES) && at + 16 > e.begin && at < e.end) {
+        own[place(e.begin, q, at)] = loaded[i];
       }
     }
-    if (SCALES != 0 && first) {
-      for (int i = int(lane); i < n * SCALES; i += 32) {
-        ((threadgroup uchar*)own)[SCALES_AT + i] = uchar(loaded_scales[i / 32]);
+    if (CARRIES && p0 > 0) {
+      int q = int(lane) / 8;
+      extent e = extent_of(start, row, n, q, p0, p1);
+      ulong at = e.from - LINE + 16 * (lane % 8);
+      if (q < smaller(n, R) && at + 16 > e.begin && at < e.end) {
+        own[place(e.begin, q, at)] = carried[m];
       }
     }
   }
 
-  // Where row r's piece and its scales lie in the stage.
-  static uint values_at(ulong start, int row, int r, int p0) {
-    return WHOLE ? uint(begin(start, row, 0, p0) & 15) + r * ROW
-                 : uint(begin(start, row, r, p0) & 15) + r * ROOM;
+  // Takes out of the stage what the piece after p1 begins with.
+  void keep(threadgroup const uint4* own, ulong start, int row, int n, int m, int p0, int p1,
+            uint lane) {
+    if (!CARRIES || p1 == K) return;
+    int q = int(lane) / 8;
+    extent e = extent_of(start, row, n, q, p0, p1);
+    ulong next = extent_of(start, row, n, q, p1, K).begin;
+    ulong at = line_of(next + LINE - 1) - LINE + 16 * (lane % 8);
+    if (q < smaller(n, R) && at + 16 > next && at < e.end) carried[m] = own[place(e.begin, q, at)];
   }
-  static uint scales_at(ulong start, int row, int r, int c0) {
-    return WHOLE ? values_at(start, row, r, 0) + value_bytes(F, K) : SCALES_AT + r * SCALES;
+
+  // Where word `at` of range q lies in the stage, whose piece begins at `begin`.
+  static uint place(ulong begin, int q, ulong at) {
+    return uint(q * ROOM) / 16 + uint((at >> 4) - (begin >> 4));
+  }
+
+  // Where value k of row r lies in the stage, in bytes; k - p0 is a multiple of 256.
+  static uint value_at(ulong start, int row, int r, int p0, int k) {
+    return WHOLE ? uint((start + ulong(row) * ROW) & 15) + r * ROW + row_bytes(F, k)
+                 : uint((start + ulong(row + r) * ROW + row_bytes(F, p0)) & 15) + r * ROOM +
+            row_bytes(F, k - p0);
   }
 };
 
@@ -197,19 +227,19 @@ inline void stage_activations(X x, int n_x, int k0, int k1, threadgroup vec<T, 4
 // threadgroup take part; out is complete after the caller's next threadgroup barrier.
 //
 // x.four(s, k) gives activations k..k+3 of row s; KC of a row are staged at a time.
-// xs: NX * KC / 4, stage: NSG * STAGE_WORDS, out: M * NX * TILE elements.
+// xs: NX * KC / 4, stage: NSG * stage_words(NX), out: M * NX * TILE elements.
 template <int F, int K, int KC, int NX, int ROWS, int NSG, int M, typename T, typename X>
 inline void tile_dot(weight_rows<M> w, int n_rows, X x, int n_x, threadgroup vec<T, 4>* xs,
                      threadgroup uint* stage, threadgroup const uint2* points,
                      threadgroup float* out, uint sg, uint lane) {
-  constexpr int R = rows_together(F, K, NX, ROWS), PASSES = ROWS / R;
-  typedef weight_stream<F, K, KC, R> stream;
-  threadgroup uint* own = stage + sg * STAGE_WORDS;
+  constexpr int R = rows_together(F, K, KC, NX, M, ROWS), PASSES = ROWS / R;
+  typedef weight_stream<F, K, KC, NX, M, R> stream;
+  threadgroup uint* own = stage + sg * stage_words(NX);
   int first_row = int(sg) * ROWS;
   stream incoming;
-  piece_cursor<K, KC, stream::PIECE, M> at = {0, 0, 0, 0};
+  piece_cursor<K, stream::WHOLE ? K : KC, stream::PIECE, M> at = {0, 0, 0, 0};
   incoming.fetch(w.words[0], w.size[0], w.start[0], first_row, clamp(n_rows - first_row, 0, R), 0,
-                 at.p1(), true, lane);
+                 at.p1(), lane);
   for (int pass = 0; pass < PASSES; pass++) {
     int row = first_row + pass * R, n = clamp(n_rows - row, 0, R);
     float sums[M * R * NX];
@@ -226,13 +256,16 @@ inline void tile_dot(weight_rows<M> w, int n_rows, X x, int n_x, threadgroup vec
       for (int m = 0; m < M; m++) {
         for (int p0 = c0; p0 < c1; p0 += stream::PIECE) {
           int p1 = smaller(p0 + stream::PIECE, c1);
-          incoming.commit(own, w.start[m], row, n, p0, p1, p0 == c0, lane);
-          simdgroup_barrier(mem_flags::mem_threadgroup);
-          at.next();
-          if (at.pass < PASSES) {
-            int to = first_row + at.pass * R;
-            incoming.fetch(w.words[at.m], w.size[at.m], w.start[at.m], to,
-                           clamp(n_rows - to, 0, R), at.p0, at.p1(), at.p0 == at.c0, lane);
+          if (!stream::WHOLE || p0 == 0) {
+            incoming.commit((threadgroup uint4*)own, w.start[m], row, n, m, p0, p1, lane);
+            simdgroup_barrier(mem_flags::mem_threadgroup);
+            incoming.keep((threadgroup const uint4*)own, w.start[m], row, n, m, p0, p1, lane);
+            at.next();
+            if (at.pass < PASSES) {
+              int to = first_row + at.pass * R;
+              incoming.fetch(w.words[at.m], w.size[at.m], w.start[at.m], to,
+                             clamp(n_rows - to, 0, R), at.p0, at.p1(), lane);
+            }
           }
           for (int unit = p0; n > 0 && unit < p1; unit += 256) {
             int k = unit + 8 * int(lane);
@@ -240,11 +273,8 @@ inline void tile_dot(weight_rows<M> w, int n_rows, X x, int n_x, threadgroup vec
             octet weights[R];
             MLX_MTL_PRAGMA_UNROLL
             for (int r = 0; r < R; r++) {  // a row beyond the last is the last once more
-              int q = smaller(r, n - 1);
-              uint values = stream::values_at(w.start[m], row, q, p0) + value_bytes(F, unit - p0);
-              uint scales = stream::scales_at(w.start[m], row, q, c0) +
-                  uint(unit - (stream::WHOLE ? 0 : c0)) / 128;
-              weights[r] = octet_at<F>((threadgroup const uint*)own, values, lane, scales, points);
+              uint values = stream::value_at(w.start[m], row, smaller(r, n - 1), p0, unit);
+              weights[r] = octet_at<F>((threadgroup const uint*)own, values, lane, points);
             }
             add_octets<F, R, NX, KC, T>(weights, xs + (k - c0) / 4, n_x, sums + m * R * NX);
           }

@@ -35,9 +35,10 @@ def values(stored: StoredMatrix, n_columns: int) -> np.ndarray:
             return decode(name, rows)
         case _:
             assert stored.format == FP8
-            scale = fp_blocks.E8M0[rows[:, n_columns:]]
-            wide = np.repeat(scale, fp_blocks.FP8_BLOCK, axis=1)[:, :n_columns]
-            return fp_blocks.E4M3[rows[:, :n_columns]] * wide
+            block = np.arange(n_columns) // fp_blocks.FP8_BLOCK
+            codes = rows[:, np.arange(n_columns) + block + 1]
+            scales = rows[:, block * (fp_blocks.FP8_BLOCK + 1)]
+            return fp_blocks.E4M3[codes] * fp_blocks.E8M0[scales]
 
 
 def checkpoint(folder: Path, layout: tuple[tuple[str, str], ...]) -> Source:

@@ -21,9 +21,8 @@ def random_rows(name: str, n: int, n_in: int, rng: np.random.Generator) -> Any:
         return (bits >> 16).astype(np.uint16).view(np.uint8)
     data = rng.integers(0, 256, (n, row_bytes(name, n_in)), dtype=np.uint8)
     if name == FP8:
-        codes = data[:, :n_in]
-        codes[(codes & 127) == 127] = 0  # NaN, which no weight is
-        data[:, n_in:] = rng.integers(118, 122, (n, data.shape[1] - n_in))
+        data[(data & 127) == 127] = 0  # NaN, which no weight is
+        data[:, ::129] = rng.integers(118, 122, data[:, ::129].shape)
         return data
     fmt = FORMATS[name]
     blocks = data.reshape(n, -1, fmt.block_bytes)

@@ -172,7 +172,7 @@ DECODERS = [
     ("F32", "as_type<float>(words[w + 1])", "as_type<float>(words[w])"),
     ("F16", "c = as_type<half2>(words[w + 2])", "c = as_type<half2>(words[w])"),
     ("BF16", "as_type<float>(d & 0xffff0000u)", "as_type<float>(d)"),
-    ("FP8", "scales + (l >> 4)", "scales"),
+    ("FP8", "129 * (l >> 4)", "128 * (l >> 4)"),
     ("Q8_0", "block + 2 + 8 * quarter", "block + 8 * quarter"),
     ("MXFP4", "(4 * (quarter >> 1))", "(4 * (quarter & 1))"),
     ("Q2_K", "float(scale >> 4)", "float(scale & 15)"),
@@ -200,8 +200,8 @@ BUGS = [
     ("every format", "tile -= n_tiles", "tile = 0"),
     ("every format", "if (r < n_rows) y[", "y["),
     ("three rows in parts", "p0 += PIECE", "p0 += 2 * PIECE"),
-    ("three rows in parts", "values = stream::values_at(w.start[m], row, q, p0)", "values = 0"),
-    ("groups", "simdgroup_barrier(mem_flags::mem_threadgroup);\n          at.next", "at.next"),
+    ("three rows in parts", "own[place(e.begin, q, at)] = carried[m]", "(void)at"),
+    ("groups", "simdgroup_barrier(mem_flags::mem_threadgroup);\n            incoming", "incoming"),
     ("one row of 32", "if (k >= p1) break;", ""),
 ]
 
@@ -281,7 +281,7 @@ def test_add(s: int, n_terms: int, d: int) -> None:
     [
         ("norm", "sums[i][j], a, b[j], sums[i][j]", "sums[i][j], a, b[0], sums[i][j]"),
         ("norm", "k % 256) / 8", "k0 % 256) / 8"),
-        ("groups", "k / 256 * value_bytes(F, 256)", "k / 128 * value_bytes(F, 256)"),
+        ("groups", "k / 256 * 256)", "k / 256 * 128)"),
         ("norm", "if (row < n_x && k < K) v", "v"),
         ("norm", "threadgroup_barrier(mem_flags::mem_threadgroup);\n    MLX_MTL", "MLX_MTL"),
         ("not whole units", "position + r) * RESULT", "r) * RESULT"),

@@ -21,7 +21,7 @@ DTYPES = [mx.bfloat16, mx.float32]
 def check(plan: matvec.Tiling, n_x: int, n_in: int, dtype: Any, floats: int) -> None:
     keep = plan.staged(n_x, n_in, dtype)
     assert keep == n_in or (keep % matvec.UNIT == 0 and 0 < keep < n_in)
-    stage = plan.simdgroups * matvec.STAGE_BYTES
+    stage = plan.simdgroups * matvec.stage_bytes(n_x)
     used = n_x * keep * dtype.size + stage + 4 * floats * plan.tile + matvec.POINTS_BYTES
     assert used + 4 * (48 + 8) <= matvec.THREADGROUP_BYTES  # slots and places of eight rows
     assert plan.rows & (plan.rows - 1) == 0
@@ -33,7 +33,7 @@ def test_threadgroup_memory(s: int, dtype: Any) -> None:
         floats = n_maps * s
         check(matvec.tiling(s, n_in, dtype, n_rows, floats), s, n_in, dtype, floats)
     for n_in, n_rows, n_chosen in ENDS:
-        floats = s * (1 + 4 + (n_chosen + 1 if n_chosen else 0))
+        floats = s * (1 + max(4, n_chosen + 1))
         plan = matvec.tiling(s, n_in, dtype, n_rows, floats, EXPAND_TILE)
         assert plan.tile == EXPAND_TILE, "partial sums are per tile, whatever the number of rows"
         check(plan, s, n_in, dtype, floats)

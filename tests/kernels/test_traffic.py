@@ -13,6 +13,7 @@ from ds4py.kernels import dense, moe
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.formats import row_bytes
 from tests.kernels.near import traffic
+from tests.kernels.shaders import LATER
 from tests.kernels.test_dense import matrices, residual
 from tests.kernels.test_moe import some_experts
 
@@ -27,72 +28,73 @@ def activations(*shape: int) -> Any:
     return mx.array(x).astype(mx.bfloat16)
 
 
-def reads_once(found: Any, needed: int, most: float = 1.03, lines: float = 0.9) -> None:
-    assert needed == found.touched
-    assert found.loaded <= most * needed
+def reads_once(found: Any, needed: int, lines: float = 0.9) -> None:
+    assert found.touched == needed
+    assert found.loaded <= 1.01 * needed
     assert found.efficiency >= lines
 
 
-# One tile of the experts' kernels, and of the others 128 rows.
-LENGTHS = [
-    (D, ("Q8_0", "IQ2_XXS", "Q4_K", "MXFP4", "FP8", "F16", "Q6_K", "F32")),
-    (LATENT, ("Q8_0", "BF16")),
-    (OUT, ("Q8_0", "FP8")),
-]
+ROWS = [1, 8, *(pytest.param(s, marks=LATER) for s in (2, 3, 4, 5))]
+"""Activation rows; six and seven share the plan of eight."""
+
+# Matrices of 64 rows, and how much of the lines that they touch is theirs, for every number of
+# activation rows. What is lacking are the lines that neighbouring rows share.
+LINES = {
+    D: {"Q8_0": 1.0, "FP8": 0.97, "MXFP4": 1.0, "Q4_K": 1.0, "Q6_K": 0.97, "IQ2_XXS": 0.91}
+    | {"F16": 1.0, "F32": 1.0},
+    LATENT: {"Q8_0": 0.94, "FP8": 0.90, "BF16": 1.0},
+    OUT: {"Q8_0": 1.0, "FP8": 0.99},
+}
 
 
-def project(n_rows: int, n_in: int, names: tuple[str, ...]) -> Any:
-    """The traffic, and the matrices."""
-    x, weights = activations(n_rows, n_in), matrices([(name, 128) for name in names], n_in)
+@pytest.mark.parametrize("s", ROWS)
+@pytest.mark.parametrize("n_in", LINES)
+def test_projections_read_whole_lines(s: int, n_in: int) -> None:
+    x, weights = activations(s, n_in), matrices([(name, 64) for name in LINES[n_in]], n_in)
 
     def run(shaders: Launcher) -> Any:
         return dense.project(shaders, x, weights, mx.bfloat16)
 
-    return traffic(run, "dense_project"), weights
-
-
-@pytest.mark.parametrize(("n_in", "names"), LENGTHS)
-def test_one_row(n_in: int, names: tuple[str, ...]) -> None:
-    found, weights = project(1, n_in, names)
-    for i, m in enumerate(weights):
-        reads_once(found[f"w{i}"], m.rows.size)
+    found = traffic(run, "dense_project")
+    for i, (m, lines) in enumerate(zip(weights, LINES[n_in].values(), strict=True)):
+        reads_once(found[f"w{i}"], m.rows.size, lines)
     assert found["x"].efficiency == 1
 
 
-def test_eight_rows_read_the_weights_once() -> None:
-    """In pieces of 512 values, whose ends share a line with the next piece."""
-    found, weights = project(8, D, ("Q8_0", "FP8", "BF16"))
-    for i, m in enumerate(weights):
-        reads_once(found[f"w{i}"], m.rows.size, lines=0.75)
-
-
-@pytest.mark.parametrize("n_rows", [1, 4])
-def test_experts(n_rows: int) -> None:
+@pytest.mark.parametrize("s", ROWS)
+@pytest.mark.parametrize("name", ["IQ2_XXS", pytest.param("MXFP4", marks=LATER)])
+def test_gate_and_up_read_whole_lines(s: int, name: str) -> None:
     """All rows choose the same two of three experts, whose bytes are then read once."""
-    slots, weights = mx.array([[2, 0]] * n_rows, mx.int32), mx.ones((n_rows, 2))
-    lines = 0.9 if n_rows == 1 else 0.75
-    experts = some_experts(3, D, 64, "IQ2_XXS", "F16")
+    slots, weights = mx.array([[2, 0]] * s, mx.int32), mx.ones((s, 2))
+    experts = some_experts(3, D, 64, name, "F16")
     gate, up = matrices([("Q8_0", 64)] * 2, D)
-    x = activations(n_rows, D)
+    x = activations(s, D)
 
-    def gate_up(shaders: Launcher) -> Any:
+    def run(shaders: Launcher) -> Any:
         return moe.gate_up(shaders, x, experts, slots, weights, (gate, up), 10.0)
 
-    found = traffic(gate_up, "moe_gate_up")
-    reads_once(found["records"], 2 * 2 * 64 * row_bytes("IQ2_XXS", D), lines=lines)
-    reads_once(found["shared_gate"], gate.rows.size, lines=lines)
+    found = traffic(run, "moe_gate_up")
+    reads_once(found["records"], 2 * 2 * 64 * row_bytes(name, D))
+    for shared in ("shared_gate", "shared_up"):
+        reads_once(found[shared], gate.rows.size, 1.0)
 
-    experts = some_experts(3, 128, INNER, "Q8_0", "Q2_K")
+
+@pytest.mark.parametrize("s", ROWS)
+@pytest.mark.parametrize(
+    "name", ["Q2_K", *(pytest.param(n, marks=LATER) for n in ("MXFP4", "Q4_K"))]
+)
+def test_down_reads_whole_lines(s: int, name: str) -> None:
+    slots, experts = mx.array([[2, 0]] * s, mx.int32), some_experts(3, 128, INNER, "Q8_0", name)
     (down,) = matrices([("Q8_0", 128)], INNER)
-    h, after = activations(n_rows, 3, INNER), residual(n_rows, 128, 4, 24, dtype=mx.bfloat16)
+    h, after = activations(s, 3, INNER), residual(s, 128, 4, 24, dtype=mx.bfloat16)
 
-    def whole(shaders: Launcher) -> Any:
+    def run(shaders: Launcher) -> Any:
         return moe.down(shaders, h, experts, slots, down, after)
 
-    found = traffic(whole, "moe_down")
-    reads_once(found["records"], 2 * 128 * row_bytes("Q2_K", INNER), lines=lines)
-    reads_once(found["shared_down"], down.rows.size, lines=lines)
-    reads_once(found["fn"], after.fn.nbytes)
+    found = traffic(run, "moe_down")
+    reads_once(found["records"], 2 * 128 * row_bytes(name, INNER))
+    reads_once(found["shared_down"], down.rows.size, 0.94)
+    reads_once(found["fn"], after.fn.nbytes, 1.0)
 
 
 def test_the_end_of_attention() -> None:
