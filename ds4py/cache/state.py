@@ -73,6 +73,8 @@ class LayerDelta:
 
     window: Array
     """[S, width], rotated and packed."""
+    read: Array = None
+    """The same as plain operations read it, [S, head_dim]; None: kernels read the stored rows."""
     values: dict[str, Array] = field(default_factory=dict)
     """Per series: values and scores of the new tokens, [S, 2*c*d] float32 (scores include APE)."""
     rows: dict[str, Array] = field(default_factory=dict)
@@ -150,8 +152,8 @@ class SequenceState:
     def window(self, layer: int) -> Array:
         """The last W-1 rows as the model reads them, [W-1, head_dim].
 
-        All layers are unpacked at once and kept until the next commit: one bounded copy per state,
-        a quarter of the launches of a step that would unpack layer by layer.
+        All layers are unpacked at once, and a commit adds its own rows to them: one bounded copy
+        for each state.
         """
         if self._read is None or self._read[0] is not self.frontier:
             self._read = self.frontier, self._window_format.unpack(self.frontier.window)
@@ -172,6 +174,7 @@ class SequenceState:
         if n_tokens == 0:
             return
         frontier, old = self.after(delta, n_tokens), self.position
+        self._read = self._read_after(delta, n_tokens, frontier)
         for s in self.series:
             n_rows = s.count(frontier.position) - s.count(old)
             if n_rows:
@@ -189,6 +192,15 @@ class SequenceState:
         parts = [part.window for part in delta.layers]
         window = self._stack(parts, n_tokens, old.window.shape[1], old.window)
         return Frontier(old.position + n_tokens, window, values)
+
+    def _read_after(
+        self, delta: Delta, n_tokens: int, frontier: Frontier
+    ) -> tuple[Frontier, Array] | None:
+        """The window rows `window` gave, and those of the delta, as it will give them then."""
+        if self._read is None or self._read[0] is not self.frontier:
+            return None
+        window, parts = self._read[1], [part.read for part in delta.layers]
+        return frontier, self._stack(parts, n_tokens, window.shape[1], window)
 
     def checkpoint(self, frontier: Frontier) -> Frontier:
         """The same without what no later row needs: at multiples of every ratio, nearly nothing."""
@@ -225,7 +237,8 @@ class SequenceState:
         if not self.ops.lazy:
             return []
         rows = [store.data for store in self.rows.values()]
-        return [self.frontier.window, *self.frontier.values.values(), *rows]
+        read = [] if self._read is None else [self._read[1]]
+        return [self.frontier.window, *self.frontier.values.values(), *rows, *read]
 
     @property
     def n_bytes(self) -> int:

@@ -6,7 +6,7 @@ position and the number of new tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,12 +45,9 @@ class StepPlan:
         self.views: dict[int, Any] = {}
         """What the fused operations gathered of this for layers of one ratio."""
 
-    def turn(self, layer: LayerPlan) -> rope.Rotation:
-        """For q, window rows and outputs of a layer, [S, head_dim]."""
-        return self.compressed if layer.compressed else self.sliding
-
     def table(self, layer: LayerPlan) -> Array:
-        """The same as the kernels read it, [S, rope / 2, 2]."""
+        """Rotations of queries, window rows and outputs of a layer, as the kernels read them:
+        [S, rope / 2, 2]."""
         return self._compressed_table if layer.compressed else self._sliding_table
 
     @cached_property
@@ -64,38 +61,12 @@ class StepPlan:
         return self.ops.zeros((self.n_tokens,), self.ops.int32)
 
     @cached_property
-    def sliding(self) -> rope.Rotation:
-        """For q, rows and outputs of sliding layers, [S, head_dim]."""
-        return self._rotation(self.freqs.sliding, self.config.head_dim)
-
-    @cached_property
-    def compressed(self) -> rope.Rotation:
-        """For q, window rows and outputs of compressed layers, [S, head_dim]."""
-        return self._rotation(self.freqs.compressed, self.config.head_dim)
-
-    @cached_property
-    def indexer(self) -> rope.Rotation:
-        """For indexer queries, [S, index_head_dim]."""
-        if self.config.index_head_dim == self.config.head_dim:
-            return self.compressed
-        return self._rotation(self.freqs.compressed, self.config.index_head_dim)
-
-    @cached_property
-    def window_valid(self) -> Array:
-        """Slot s of query p's window holds position p - W + 1 + s: valid from 0, [S, 1, W]."""
-        slots = np.arange(1 - self.config.sliding_window, 1)
-        return self.ops.array((self.positions[:, None] + slots >= 0)[:, None])
-
-    @cached_property
     def _sliding_table(self) -> Array:
         return rope.table(self.ops, self.positions, self.freqs.sliding)
 
     @cached_property
     def _compressed_table(self) -> Array:
         return rope.table(self.ops, self.positions, self.freqs.compressed)
-
-    def _rotation(self, freqs: rope.F32, width: int) -> rope.Rotation:
-        return rope.rotation(self.ops, self.positions, freqs, width)
 
 
 class StepPlans:
@@ -107,19 +78,48 @@ class StepPlans:
         ends = np.cumsum(self.counts).tolist()
         self.rows = [slice(e - plan.n_tokens, e) for e, plan in zip(ends, self.each, strict=True)]
         """Which of the S are each sequence's."""
+        self.n_tokens = ends[-1]
         self.positions = np.concatenate([plan.positions for plan in self.each])
-        self._turns: dict[bool, rope.Rotation] = {}
+        self.ops, self._freqs = self.each[0].ops, self.each[0].freqs
+        self._turns: dict[Hashable, rope.Rotation] = {}
 
-    def turn(self, layer: LayerPlan) -> rope.Rotation:
-        """For q and window rows of a layer, [S, head_dim]."""
-        first = self.each[0]
+    def turn(self, layer: LayerPlan, width: int) -> rope.Rotation:
+        """For queries, window rows and outputs of a layer, [S, width]."""
+        key = layer.compressed, width
+        if key not in self._turns:
+            freqs = self._freqs.compressed if layer.compressed else self._freqs.sliding
+            self._turns[key] = rope.rotation(self.ops, self.positions, freqs, width)
+        return self._turns[key]
+
+    def closing_turn(self, series: Series) -> rope.Rotation:
+        """For the rows that all sequences complete, one sequence's after the other's."""
+        key = series.ratio, series.width
+        if key not in self._turns:
+            first = [plan.closing[series.name].first_tokens for plan in self.each]
+            at, freqs = np.concatenate(first), self._freqs.compressed
+            self._turns[key] = rope.rotation(self.ops, at, freqs, series.width)
+        return self._turns[key]
+
+    def most_rows(self, series: Series) -> int:
+        """Rows of the sequence that has most, counting the new ones."""
+        return max(plan.closing[series.name].n_rows for plan in self.each)
+
+    def visible(self, series: Series) -> Array:
+        """Rows each query may see, counting the new ones: int32 [S, 1]."""
         if len(self.each) == 1:
-            return first.turn(layer)
-        if layer.compressed not in self._turns:
-            freqs = first.freqs.compressed if layer.compressed else first.freqs.sliding
-            width = first.config.head_dim
-            self._turns[layer.compressed] = rope.rotation(first.ops, self.positions, freqs, width)
-        return self._turns[layer.compressed]
+            return self.each[0].closing[series.name].visible
+        return self.ops.array(((self.positions + 1) // series.ratio)[:, None].astype(np.int32))
+
+    @cached_property
+    def sequence(self) -> Array:
+        """Whose each of the S is: its place in `each`."""
+        return self.ops.array(np.repeat(np.arange(len(self.counts)), self.counts))
+
+    @cached_property
+    def window_valid(self) -> Array:
+        """Slot s of query p's window holds position p - W + 1 + s: valid from 0, [S, 1, W]."""
+        slots = np.arange(1 - self.each[0].config.sliding_window, 1)
+        return self.ops.array((self.positions[:, None] + slots >= 0)[:, None])
 
 
 class Closing:
@@ -132,7 +132,12 @@ class Closing:
         self._plan, self._series = plan, series
 
     @property
-    def _first_tokens(self) -> npt.NDArray[np.int64]:
+    def n_rows(self) -> int:
+        """With the new ones."""
+        return self.n_old + self.n_new
+
+    @property
+    def first_tokens(self) -> npt.NDArray[np.int64]:
         """Positions of the new rows: those of their windows' first tokens."""
         return self._series.ratio * np.arange(self.n_old, self.n_old + self.n_new)
 
@@ -143,15 +148,9 @@ class Closing:
         return self._plan.ops.array(rows[:, None].astype(np.int32))
 
     @cached_property
-    def rotation(self) -> rope.Rotation:
-        """For the new rows."""
-        plan, width = self._plan, self._series.width
-        return rope.rotation(plan.ops, self._first_tokens, plan.freqs.compressed, width)
-
-    @cached_property
     def table(self) -> Array:
-        """The same as the kernels read it, [n_new, rope / 2, 2]."""
-        return rope.table(self._plan.ops, self._first_tokens, self._plan.freqs.compressed)
+        """Rotations of the new rows as the kernels read them, [n_new, rope / 2, 2]."""
+        return rope.table(self._plan.ops, self.first_tokens, self._plan.freqs.compressed)
 
     @cached_property
     def step(self) -> Array:

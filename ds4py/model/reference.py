@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ds4py.cache.state import LayerDelta
+from ds4py.cache.state import LayerDelta, Series
 from ds4py.config import ModelConfig
 from ds4py.kernels import attend, compress, hyper, index, moe, rounding, route, state
 from ds4py.kernels.hyper import HyperWeights
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from ds4py.model.attention import Attention, Compressor
     from ds4py.model.moe import MoE
     from ds4py.model.mtp import DraftLayer
-    from ds4py.model.plan import Closing, StepPlan, StepPlans
+    from ds4py.model.plan import StepPlan, StepPlans
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """The queries of one layer, of one sequence."""
+    """The queries of one layer, of all sequences."""
 
     q: Array
     """[S, heads, hd], normed and rotated."""
@@ -61,13 +61,14 @@ class Reference:
     ) -> tuple[Array, list[LayerDelta]]:
         """[S, G, heads*hd/G]"""
         inputs, queries = projected
-        prepared = self._prepare(inputs, queries, layer, plans)
-        outputs = []
-        for plan, (heads, delta) in zip(plans.each, prepared, strict=True):
-            chosen = self._choose(heads, delta, layer, plan)
-            outputs.append(self._attend_rows(heads, delta, chosen, layer, plan))
-        o = outputs[0] if len(outputs) == 1 else self.ops.concatenate(outputs)
-        return o, [delta for _, delta in prepared]
+        heads, deltas = self._prepare(inputs, queries, layer, plans)
+        blocks = [self._window_block(deltas, layer, plans)]
+        if layer.compressor is not None and plans.most_rows(layer.compressor.series):
+            chosen = self._chosen(heads, deltas, layer, plans)
+            blocks.append(self._compressed_block(deltas, chosen, layer, plans))
+        o = attend.attend(self.ops, heads.q, blocks, layer.sink)
+        o = rotate(self.ops, o, plans.turn(layer.layer, self.config.head_dim), inverse=True)
+        return o.reshape(o.shape[0], self.config.o_groups, -1), deltas
 
     def _prepare(
         self,
@@ -75,143 +76,179 @@ class Reference:
         queries: tuple[Array, ...],
         layer: Attention,
         plans: StepPlans,
-    ) -> list[tuple[_Heads, LayerDelta]]:
-        """Queries and new rows of each sequence."""
+    ) -> tuple[_Heads, list[LayerDelta]]:
+        """The queries, and what each sequence gets."""
         c, ops, eps = self.config, self.ops, self.config.rms_norm_eps
-        turn = plans.turn(layer.layer)
+        turn = plans.turn(layer.layer, c.head_dim)
         _, row, *inputs = projected
         query, *index_query = queries
         q = query.reshape(-1, c.num_attention_heads, c.head_dim)
         q = rotate(ops, rms_norm(ops, q, None, eps), turn)  # [S, heads, head_dim]
         row = rotate(ops, rms_norm(ops, row, layer.kv_norm, eps), turn)  # [S, head_dim]
         window = layer.rows.pack(row)
-        index = (*index_query, *inputs[2:])
-        values: dict[str, Array] = {}  # [value | score + APE] [S, 2*c*d] float32
+        read = layer.rows.unpack(window)
+        deltas = [LayerDelta(window[at], read[at]) for at in plans.rows]
         compressors = [c for c in (layer.compressor, layer.indexer) if c is not None]
         for compressor, raw in zip(compressors, inputs, strict=False):
             phase = ops.array(plans.positions % compressor.series.ratio)
-            values[compressor.series.name] = raw + compressor.ape[phase]
-        prepared = []
-        for plan, at in zip(plans.each, plans.rows, strict=True):
-            delta = LayerDelta(window[at], {name: v[at] for name, v in values.items()})
-            for compressor in compressors:
-                self._complete(compressor, delta, layer.slot, plan, q.dtype)
-            prepared.append((_Heads(q[at], tuple(x[at] for x in index)), delta))
-        return prepared
+            values = raw + compressor.ape[phase]  # [value | score + APE] [S, 2*c*d] float32
+            for delta, at in zip(deltas, plans.rows, strict=True):
+                delta.values[compressor.series.name] = values[at]
+            self._complete(compressor, deltas, layer.slot, plans, q.dtype)
+        return _Heads(q, (*index_query, *inputs[2:])), deltas
 
     def _complete(
-        self, compressor: Compressor, delta: LayerDelta, slot: int, plan: StepPlan, dtype: Dtype
+        self,
+        compressor: Compressor,
+        deltas: Sequence[LayerDelta],
+        slot: int,
+        plans: StepPlans,
+        dtype: Dtype,
     ) -> None:
-        """The rows that the new tokens complete go into the delta."""
-        ops, s, closing = self.ops, compressor.series, plan.closing[compressor.series.name]
-        if not closing.n_new:
+        """The rows that the new tokens complete go into the deltas."""
+        ops, s, pooled = self.ops, compressor.series, []
+        for delta, plan in zip(deltas, plans.each, strict=True):
+            if plan.closing[s.name].n_new:
+                pooled.append(self._pooled(s, delta.values[s.name], slot, plan))
+        if not pooled:
             return
-        values = delta.values[s.name]
+        row = _joined(ops, pooled).astype(dtype)
+        row = rms_norm(ops, row, compressor.norm, self.config.rms_norm_eps)
+        rows, begin = compressor.format.pack(rotate(ops, row, plans.closing_turn(s))), 0
+        for delta, plan in zip(deltas, plans.each, strict=True):
+            if n_new := plan.closing[s.name].n_new:
+                delta.rows[s.name] = rows[begin : begin + n_new]
+                begin += n_new
+
+    def _pooled(self, s: Series, values: Array, slot: int, plan: StepPlan) -> Array:
+        """One sequence's windows that close, before their norm: [n_new, d]."""
+        closing = plan.closing[s.name]
         first_token = s.ratio * (closing.n_old - s.overlap + 1)  # of the oldest window needed
         begin = first_token - (plan.start - s.history)
         n_tokens = s.ratio * (closing.n_new + s.overlap - 1)
-        known = ops.concatenate([plan.state.values(s.name, slot), values])  # [c*r - 1 + S, 2*c*d]
-        needed = known[begin : begin + n_tokens]
+        known = self.ops.concatenate([plan.state.values(s.name, slot), values])
+        needed = known[begin : begin + n_tokens]  # of [c*r - 1 + S, 2*c*d]
         half = needed.shape[1] // 2
-        row = compress.pool(ops, needed[:, :half], needed[:, half:], s.ratio, s.overlap)
-        row = rms_norm(ops, row.astype(dtype), compressor.norm, self.config.rms_norm_eps)
-        delta.rows[s.name] = compressor.format.pack(rotate(ops, row, closing.rotation))
+        return compress.pool(self.ops, needed[:, :half], needed[:, half:], s.ratio, s.overlap)
 
-    def _choose(
-        self, heads: _Heads, delta: LayerDelta, layer: Attention, plan: StepPlan
+    def _chosen(
+        self, heads: _Heads, deltas: Sequence[LayerDelta], layer: Attention, plans: StepPlans
     ) -> tuple[Array, Array] | None:
         """ids, valid [S, k]: k is index_topk, or as many whole tiles as there are rows; then every
-        visible row fits and no scores are needed."""
+        visible row fits and no scores are needed. None: the layer attends to all rows."""
         if layer.indexer is None:
             return None
         ops, s = self.ops, layer.indexer.series
-        closing = plan.closing[s.name]
-        n_rows = closing.n_old + closing.n_new
-        if n_rows == 0:
-            return None
+        n_rows, visible = plans.most_rows(s), plans.visible(s)
         if n_rows <= layer.n_chosen:
             tile = _tile(layer)
-            return index.first(ops, closing.visible, -(-n_rows // tile) * tile)
-        q, weights = self._index_queries(heads, layer.indexer, plan)
-        score = self._scores(q, weights, delta.rows.get(s.name), layer, plan)
-        return index.select(ops, score, closing.visible, layer.n_chosen)
+            return index.first(ops, visible, -(-n_rows // tile) * tile)
+        q, weights = self._index_queries(heads, layer, plans)
+        score = [
+            self._scores(q[at], weights[at], delta, layer, plan, n_rows)
+            for delta, plan, at in zip(deltas, plans.each, plans.rows, strict=True)
+        ]
+        return index.select(ops, _joined(ops, score), visible, layer.n_chosen)
 
     def _index_queries(
-        self, heads: _Heads, indexer: Compressor, plan: StepPlan
+        self, heads: _Heads, layer: Attention, plans: StepPlans
     ) -> tuple[Array, Array]:
         """[S, index heads, d], rotated and rounded, and the heads' weights [S, index heads]."""
+        assert layer.indexer is not None
         ops, (query, weights) = self.ops, heads.index
-        n_heads, width = self.config.index_n_heads, indexer.series.width
-        q = rotate(ops, query.reshape(-1, n_heads, width), plan.indexer)
-        if indexer.format.rounded:  # else Hadamard cancels between query and row
+        n_heads, width = self.config.index_n_heads, layer.indexer.series.width
+        q = rotate(ops, query.reshape(-1, n_heads, width), plans.turn(layer.layer, width))
+        if layer.indexer.format.rounded:  # else Hadamard cancels between query and row
             q = rounding.fp4_round(ops, q)
         return q, weights.astype(ops.wide) * (width * n_heads) ** -0.5
 
     def _scores(
-        self, q: Array, weights: Array, new_rows: Array | None, layer: Attention, plan: StepPlan
+        self,
+        q: Array,
+        weights: Array,
+        delta: LayerDelta,
+        layer: Attention,
+        plan: StepPlan,
+        n_rows: int,
     ) -> Array:
-        """[S, n_old + n_new]: committed rows where they lie, new rows in tiles of their own."""
+        """One sequence's [S, n_rows], zeros beyond its rows: committed rows where they lie, new
+        rows in tiles of their own."""
         assert layer.indexer is not None
         ops, name, unpack = self.ops, layer.indexer.series.name, layer.indexer.format.unpack
-        closing, parts = plan.closing[name], []
+        closing, new, parts = plan.closing[name], delta.rows.get(name), []
         if closing.n_old:
             n_tiles = -(-closing.n_old // index.TILE)
             rows = plan.state.committed_rows(name, layer.slot)[: n_tiles * index.TILE]
             parts.append(index.scores(ops, q, weights, unpack(rows))[:, : closing.n_old])
-        if new_rows is not None:
-            rows = ops.append_zeros(new_rows, -closing.n_new % index.TILE)
+        if new is not None:
+            rows = ops.append_zeros(new, -closing.n_new % index.TILE)
             parts.append(index.scores(ops, q, weights, unpack(rows))[:, : closing.n_new])
-        return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=1)
+        if closing.n_rows < n_rows:
+            parts.append(ops.zeros((q.shape[0], n_rows - closing.n_rows), ops.wide))
+        return _joined(ops, parts, axis=1)
 
-    def _attend_rows(
-        self,
-        heads: _Heads,
-        delta: LayerDelta,
-        chosen: tuple[Array, Array] | None,
-        layer: Attention,
-        plan: StepPlan,
-    ) -> Array:
-        blocks = [self._window_block(delta.window, layer, plan)]
-        if layer.compressor is not None:
-            closing = plan.closing[layer.compressor.series.name]
-            if closing.n_old + closing.n_new:
-                blocks.append(self._compressed_block(delta, chosen, layer, closing, plan))
-        o = attend.attend(self.ops, heads.q, blocks, layer.sink)
-        o = rotate(self.ops, o, plan.turn(layer.layer), inverse=True)
-        return o.reshape(plan.n_tokens, self.config.o_groups, -1)
-
-    def _window_block(self, new: Array, layer: Attention, plan: StepPlan) -> tuple[Array, Array]:
+    def _window_block(
+        self, deltas: Sequence[LayerDelta], layer: Attention, plans: StepPlans
+    ) -> tuple[Array, Array]:
         """Each query's own W rows as an overlapping view: [S, 1, W, head_dim], valid [S, 1, W]."""
-        recent = [plan.state.window(layer.slot), layer.rows.unpack(new)]
-        rows = self.ops.concatenate(recent)  # [W-1+S, head_dim]
-        width = self.config.sliding_window
-        return self.ops.windows(rows, plan.n_tokens, width), plan.window_valid
+        ops, width, blocks = self.ops, self.config.sliding_window, []
+        for delta, plan in zip(deltas, plans.each, strict=True):
+            rows = ops.concatenate([plan.state.window(layer.slot), delta.read])
+            blocks.append(ops.windows(rows, plan.n_tokens, width))  # of [W-1+S, head_dim]
+        return _joined(ops, blocks), plans.window_valid
 
     def _compressed_block(
         self,
-        delta: LayerDelta,
+        deltas: Sequence[LayerDelta],
         chosen: tuple[Array, Array] | None,
         layer: Attention,
-        closing: Closing,
-        plan: StepPlan,
+        plans: StepPlans,
     ) -> tuple[Array, Array]:
-        """The compressed rows the queries see, from the committed ones and the step's own."""
+        """The compressed rows the queries see, from the committed ones and the step's own: tiles
+        [S or 1, n, R, head_dim], valid [S, n, R]."""
         assert layer.compressor is not None
-        name = layer.compressor.series.name
-        committed, new = plan.state.committed_rows(name, layer.slot), delta.rows.get(name)
+        ops, s, tile = self.ops, layer.compressor.series, _tile(layer)
         if chosen is None:
-            stored, valid = _all_rows(self.ops, committed, new, closing.n_old, closing.visible)
-            return layer.rows.unpack(stored), valid
+            n_rows = -(-plans.most_rows(s) // tile) * tile
+            rows = layer.rows.unpack(ops.stack(self._stored(deltas, layer, plans, n_rows)))
+            rows = rows.reshape(len(plans.each), -1, tile, rows.shape[2])
+            if 1 < len(plans.each) < plans.n_tokens:
+                rows = rows[plans.sequence]
+            valid = ops.arange(n_rows)[None] < plans.visible(s)
+            return rows, valid.reshape(plans.n_tokens, -1, tile)
         ids, valid = chosen
-        stored = committed[: closing.n_old]
-        if new is not None:
-            stored = self.ops.concatenate([stored, new])
-        if ids.shape[0] * ids.shape[1] < stored.shape[0]:
-            rows = layer.rows.unpack(stored[ids])
+        stored = self._stored(deltas, layer, plans)
+        if ids.shape[0] * ids.shape[1] < sum(part.shape[0] for part in stored):
+            each = [part[ids[at]] for part, at in zip(stored, plans.rows, strict=True)]
+            rows = layer.rows.unpack(_joined(ops, each))
         else:  # many queries share rows: unpack each of them once
-            rows = layer.rows.unpack(stored)[ids]
-        shape = (ids.shape[0], -1, _tile(layer))
+            parts = [layer.rows.unpack(part) for part in stored]
+            each = [part[ids[at]] for part, at in zip(parts, plans.rows, strict=True)]
+            rows = _joined(ops, each)
+        shape = (ids.shape[0], -1, tile)
         return rows.reshape(*shape, rows.shape[2]), valid.reshape(*shape)
+
+    def _stored(
+        self,
+        deltas: Sequence[LayerDelta],
+        layer: Attention,
+        plans: StepPlans,
+        n_rows: int | None = None,
+    ) -> list[Array]:
+        """Each sequence's compressed rows as stored, with the step's own; zeros where it has fewer
+        than n_rows (None: one, to have something to point at)."""
+        assert layer.compressor is not None
+        ops, name, found = self.ops, layer.compressor.series.name, []
+        for delta, plan in zip(deltas, plans.each, strict=True):
+            rows, new = plan.state.committed_rows(name, layer.slot), delta.rows.get(name)
+            closing = plan.closing[name]
+            if new is not None or n_rows is None:
+                rows = rows[: closing.n_old]
+            if new is not None:
+                rows = ops.concatenate([rows, new])
+            wanted = max(1, closing.n_rows) if n_rows is None else n_rows
+            found.append(ops.append_zeros(rows[:wanted], max(0, wanted - rows.shape[0])))
+        return found
 
     def leave(
         self, attended: Array, layer: Attention, residual: Residual, reader: HyperWeights
@@ -268,22 +305,13 @@ class Reference:
         return state.stack_ref(self.ops, layers, n_taken, n_kept, old)
 
 
-def _all_rows(
-    ops: Ops, committed: Array, new: Array | None, n_old: int, visible: Array
-) -> tuple[Array, Array]:
-    """Every row, tiled by its absolute number: [1, n, ROW_TILE, hd], valid [S, n, ROW_TILE]."""
-    if new is not None:
-        committed = ops.concatenate([committed[:n_old], new])
-        n_rows = committed.shape[0]
-        committed = ops.append_zeros(committed, -n_rows % attend.ROW_TILE)
-    else:
-        n_rows = n_old
-    n_tiles = -(-n_rows // attend.ROW_TILE)
-    rows = committed[: n_tiles * attend.ROW_TILE].reshape(1, n_tiles, attend.ROW_TILE, -1)
-    valid = ops.arange(n_tiles * attend.ROW_TILE)[None] < visible
-    return rows, valid.reshape(-1, n_tiles, attend.ROW_TILE)
+def _joined(ops: Ops, parts: Sequence[Array], axis: int = 0) -> Array:
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=axis)
 
 
 def _tile(layer: Attention) -> int:
-    """Chosen rows are attended in blocks of this many, a divisor of `n_chosen`."""
-    return layer.n_chosen if layer.n_chosen % attend.ROW_TILE else attend.ROW_TILE
+    """Compressed rows are attended in blocks of this many, a divisor of `n_chosen` where rows are
+    chosen."""
+    if layer.indexer is None or layer.n_chosen % attend.ROW_TILE == 0:
+        return attend.ROW_TILE
+    return layer.n_chosen
