@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from ds4py.errors import OptionsError
 from ds4py.experts import simulate
+from ds4py.experts.options import PREFETCH
 from ds4py.experts.policy import LRU, Key
 from ds4py.experts.probe import bandwidth, scattered
 from ds4py.experts.reader import ALIGN, Readers, RecordFile, RecordReader, pages_of
 from ds4py.experts.section import Section
+from ds4py.experts.swaps import BoundedSwaps
 from ds4py.experts.trace import Trace, reuse
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ SECONDS = 1.5
 """Of each measurement of the disk."""
 CACHE_SIZES = (1, 1.5, 2, 3, 4, 6, 8)
 """Slots, in tokens' worth of experts (the least a model runs with is 1)."""
+REGRETS = (0.0, 0.02, 0.05, 0.1, 0.2)
+"""Of cache-aware routing."""
 LAGS = (1, 2, 4, 8)
 LOOK_AHEAD = 2
 """Layers whose experts the loop with faked compute time knows before they run."""
@@ -127,16 +131,69 @@ def cache_curve(trace: Trace, sizes: Sequence[float] = CACHE_SIZES) -> list[Cach
     """Every policy at every size. Raises OptionsError for a trace without steps."""
     if not trace.steps:
         raise OptionsError("the trace has no steps; record a longer one")
-    facts, n_steps = trace.facts, len(trace.steps)
-    least, most = facts.n_layers * facts.n_chosen, facts.n_layers * facts.n_experts
-    found = []
-    for slots in sorted({min(most, round(least * size)) for size in sizes}):
+    found, n_steps = [], len(trace.steps)
+    for slots in _slots(trace, sizes):
         for policy in simulate.POLICIES:
             counts = simulate.total(simulate.replay(trace, slots, policy))
             read = counts.misses + counts.prefetched
             hits = 1 - counts.misses / max(1, counts.asked)
             found.append(CacheResult(policy, slots, hits, counts.misses / n_steps, read / n_steps))
     return found
+
+
+@dataclass(frozen=True)
+class AheadResult:
+    """One way of reading ahead, in one LRU cache on one trace."""
+
+    prefetch: str
+    slots: int
+    misses_per_step: float
+    reads_per_step: float
+
+
+def ahead_curve(trace: Trace, sizes: Sequence[float] = CACHE_SIZES) -> list[AheadResult]:
+    """Every way at every size; "router" where the trace has its guesses."""
+    ways = [way for way in PREFETCH if way != "router" or any(s.foreseen for s in trace.steps)]
+    found, n_steps = [], max(1, len(trace.steps))
+    for slots in _slots(trace, sizes):
+        for way in ways:
+            counts = simulate.total(simulate.replay(trace, slots, "lru", way))
+            read = counts.misses + counts.prefetched + counts.wasted
+            found.append(AheadResult(way, slots, counts.misses / n_steps, read / n_steps))
+    return found
+
+
+@dataclass(frozen=True)
+class SwapResult:
+    """Cache-aware routing in one LRU cache on one trace, as if swaps changed no later choice."""
+
+    regret: float
+    slots: int
+    misses_per_step: float
+    swapped: float
+    """Share of the experts chosen in decoding."""
+    kept_mass: float
+
+
+def swap_curve(trace: Trace, sizes: Sequence[float] = CACHE_SIZES) -> list[SwapResult]:
+    """Every regret at every size; nothing for a trace without scores."""
+    if not any(step.scored for step in trace.steps):
+        return []
+    found, n_steps = [], max(1, len(trace.steps))
+    for slots in _slots(trace, sizes):
+        for regret in REGRETS:
+            swaps = BoundedSwaps(regret)
+            counts = simulate.total(simulate.replay(trace, slots, "lru", swaps=swaps))
+            share, kept = swaps.counts.swapped_share, swaps.counts.kept_share
+            found.append(SwapResult(regret, slots, counts.misses / n_steps, share, kept))
+    return found
+
+
+def _slots(trace: Trace, sizes: Sequence[float]) -> list[int]:
+    """Sizes in tokens' worth of experts as slots."""
+    least = trace.facts.n_layers * trace.facts.n_chosen
+    most = trace.facts.n_layers * trace.facts.n_experts
+    return sorted({min(most, round(least * size)) for size in sizes})
 
 
 def reuse_table(trace: Trace) -> dict[int, list[float]]:

@@ -34,6 +34,7 @@ def run(model: ModelChoice, settings: Settings, trace: str | None, tokens: int, 
             report["reads"], report["overlap"] = _disk(model)
         found, report["decode"] = _decode(settings, tokens)
     report["caches"], report["reuse"] = _caches(found), _reuse(found)
+    report["ahead"], report["swaps"] = _ahead(found), _swaps(found)
     print(json.dumps(report | {"machine": machine.describe()}))
     return 0
 
@@ -127,3 +128,35 @@ def _reuse(trace: "Trace") -> dict[str, list[float]]:
         print(f"{layer:6} " + " ".join(f"{100 * s:6.1f}%" for s in shares) + hashed)
     print()
     return {str(layer): shares for layer, shares in table.items()}
+
+
+def _ahead(trace: "Trace") -> list[dict[str, Any]]:
+    """What ways of reading ahead leave to wait for, and what they read."""
+    from ds4py.bench import experts
+
+    found = experts.ahead_curve(trace)
+    ways = list(dict.fromkeys(r.prefetch for r in found))
+    print(f"{'slots':>6}" + "".join(f" {way:>15}" for way in ways) + "   misses, reads a step")
+    for slots in sorted({r.slots for r in found}):
+        cells = [r for r in found if r.slots == slots]
+        row = "".join(f" {c.misses_per_step:7.2f} {c.reads_per_step:7.2f}" for c in cells)
+        print(f"{slots:6}{row}")
+    print()
+    return [asdict(r) for r in found]
+
+
+def _swaps(trace: "Trace") -> list[dict[str, Any]]:
+    """What cache-aware routing would save, by the regret allowed."""
+    from ds4py.bench import experts
+
+    found = experts.swap_curve(trace)
+    regrets = list(dict.fromkeys(r.regret for r in found))
+    if found:
+        head = "".join(f" {'swap ' + format(regret, 'g'):>15}" for regret in regrets)
+        print(f"{'slots':>6}{head}   misses a step, % swapped")
+    for slots in sorted({r.slots for r in found}):
+        cells = [r for r in found if r.slots == slots]
+        row = "".join(f" {c.misses_per_step:7.2f} {100 * c.swapped:6.1f}%" for c in cells)
+        print(f"{slots:6}{row}")
+    print()
+    return [asdict(r) for r in found]

@@ -101,6 +101,8 @@ class Counts:
     """Had been promised, and their read was on its way or done."""
     misses: int = 0
     """Had to be read."""
+    wasted: int = 0
+    """Were promised and read, and their layer did not ask for them."""
 
     @property
     def asked(self) -> int:
@@ -153,7 +155,7 @@ class Residency:
         held, counts = self._held[layer], self.counts[layer]
         promised = self._promised.pop(layer, {})
         wanted, placed = set(experts), Placement()
-        self._devalue(layer, (e for e, read in promised.items() if read and e not in wanted))
+        self._waste(layer, [e for e, read in promised.items() if read and e not in wanted])
         self._running = layer, wanted
         keeping = list(experts) if keep is None else list(keep)
         for expert in experts:
@@ -194,7 +196,7 @@ class Residency:
     def withdraw(self) -> None:
         """Forget promises nobody came for: records read for them give way first."""
         for layer, promised in self._promised.items():
-            self._devalue(layer, (expert for expert, read in promised.items() if read))
+            self._waste(layer, [expert for expert, read in promised.items() if read])
         self._promised = {}
 
     def offer(self, key: Key) -> int | None:
@@ -286,7 +288,8 @@ class Residency:
             heappush(heap, entry)
         return found
 
-    def _devalue(self, layer: int, experts: Iterable[int]) -> None:
+    def _waste(self, layer: int, experts: Sequence[int]) -> None:
+        self.counts[layer].wasted += len(experts)
         for expert in experts:
             self._value(layer, expert, -math.inf)
 

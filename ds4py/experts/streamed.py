@@ -29,7 +29,7 @@ from ds4py.experts.policy import DECODE_ROWS, Ids, Key, online_policy
 from ds4py.experts.probe import choose_depth
 from ds4py.experts.reader import Readers, ReadInto, RecordReader
 from ds4py.experts.section import DECODED, STAGING, Section
-from ds4py.experts.swaps import BoundedSwaps
+from ds4py.experts.swaps import BoundedSwaps, Ranked
 from ds4py.formats.bundle import LayerRecords
 from ds4py.kernels import moe
 from ds4py.kernels.formats import ExpertRecords
@@ -95,7 +95,6 @@ class StreamedExperts(ExpertSource):
         self._tokens: Ids = np.zeros(0, np.int32)  # the same on the host
         self._last, self._now, self._stalled = True, 0, 0.0
         self._swaps = BoundedSwaps(options.swap)
-        self.prefers = options.swap > 0
         self._displaced: list[Key] = []  # by the running layer's swaps
         self._unread: Array | None = None  # streams that need all computed so far
         self._foreseen: Array | None = None
@@ -171,20 +170,28 @@ class StreamedExperts(ExpertSource):
         router = self._routers.get(layer + 1)
         if router is not None and self._decoding:
             self._foreseen = router(streams, self._step)
+            if self.trace is not None:
+                self.trace.foreseen(layer + 1, self._foreseen)
+
+    @property
+    def prefers(self) -> bool:
+        return super().prefers or self.options.swap > 0
 
     def prefer(self, layer: int, score: Array, bias: Array, ids: Array) -> Array:
-        if not self.prefers or len(ids) > 1:
+        ids = super().prefer(layer, score, bias, ids)
+        if not self.options.swap or len(ids) > 1:
             return ids
         if self.ops.lazy:
-            mx.eval(score, ids)  # swaps depend on what is in memory, which only the host knows
-        section = self._section[layer]
+            mx.eval(score)  # swaps depend on what is in memory, which only the host knows
+        held = self._section[layer].residency.slot_of
         chosen, displaced = self._swaps.choose(
             layer,
-            np.asarray(score)[0],
-            np.asarray(bias),
-            np.asarray(ids)[0],
-            lambda expert: Key(layer, expert) in section.residency.slot_of,
+            Ranked.of(np.asarray(score)[0], np.asarray(bias)),
+            ids.shape[1],
+            lambda expert: Key(layer, expert) in held,
         )
+        if not displaced:
+            return ids
         self._displaced = [Key(layer, expert) for expert in displaced]
         return self.ops.array(chosen[None]).astype(ids.dtype)
 
@@ -223,8 +230,8 @@ class StreamedExperts(ExpertSource):
             "stall_ms_p50": 1e3 * waits[len(waits) // 2],
             "stall_ms_p95": 1e3 * waits[len(waits) * 95 // 100],
             "swap": self.options.swap,
-            "swapped": swaps.swapped / max(1, swaps.slots),
-            "kept_mass": swaps.kept_mass / swaps.choices if swaps.choices else 1.0,
+            "swapped": swaps.swapped_share,
+            "kept_mass": swaps.kept_share,
         }
 
     def _routed(self, layer: int, x: Array, ids: Array, weight: Array) -> Array:

@@ -43,6 +43,37 @@ class SwapCounts:
     choices: int = 0
     """Layers and tokens."""
 
+    @property
+    def swapped_share(self) -> float:
+        """Of the experts chosen."""
+        return self.swapped / max(1, self.slots)
+
+    @property
+    def kept_share(self) -> float:
+        """Of the score mass, on average."""
+        return self.kept_mass / self.choices if self.choices else 1.0
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One token's best experts in one layer, at most CANDIDATES: what a swap looks at."""
+
+    ids: Ids
+    """Best first; the router's choice are the first k."""
+    q: Scores
+    """Their selection scores."""
+    score: Scores
+    """The same without bias."""
+    spread: float
+    """The best selection score less the worst of all experts'."""
+
+    @staticmethod
+    def of(score: Scores, bias: Scores) -> Ranked:
+        """From score and bias [E]; ties go to the lower id, as in the router."""
+        q = score + bias
+        ids = np.argsort(-q, kind="stable")
+        return Ranked(ids[:CANDIDATES], q[ids[:CANDIDATES]], score[ids[:CANDIDATES]], np.ptp(q))
+
 
 @dataclass
 class BoundedSwaps:
@@ -56,35 +87,34 @@ class BoundedSwaps:
         self._range: dict[int, float] = {}
 
     def choose(
-        self, layer: int, score: Scores, bias: Scores, ids: Ids, present: Callable[[int], bool]
+        self, layer: int, ranked: Ranked, k: int, present: Callable[[int], bool]
     ) -> tuple[Ids, list[int]]:
-        """score and bias [E], the router's ids [k] best first -> ids [k], and those displaced."""
-        q = score + bias
-        spread = float(q.max() - q.min())
+        """The k experts to compute with, and those of the router's choice that gave way."""
+        q, score, spread = ranked.q, ranked.score, float(ranked.spread)
         before = self._range.get(layer, spread)
         self._range[layer] = spread = MEMORY * before + (1 - MEMORY) * spread
-        ranked = np.argsort(-q, kind="stable")[:CANDIDATES]
-        spare = [int(e) for e in ranked if e not in ids and present(int(e))]
-        swaps: list[tuple[int, int]] = []  # place in ids, expert that steps in
-        for place in range(len(ids) - 1, PROTECTED - 1, -1):
+        here = [present(expert) for expert in ranked.ids.tolist()]
+        spare = [rank for rank in range(k, len(here)) if here[rank]]
+        swaps: list[tuple[int, int]] = []  # ranks: who gives way, who steps in
+        for rank in range(k - 1, PROTECTED - 1, -1):
             if len(swaps) == MOST or not spare:
                 break
-            loss = q[ids[place]] - q[spare[0]]
-            if not present(int(ids[place])) and loss <= self.regret * spread:
-                swaps.append((place, spare.pop(0)))
-        exact = float(score[ids].sum())
-        swaps.sort(key=lambda swap: float(score[ids[swap[0]]] - score[swap[1]]))
-        while swaps and self._mass(score, ids, swaps) < LEAST_MASS * exact:
+            if not here[rank] and q[rank] - q[spare[0]] <= self.regret * spread:
+                swaps.append((rank, spare.pop(0)))
+        exact = float(score[:k].sum())
+        swaps.sort(key=lambda swap: float(score[swap[0]] - score[swap[1]]))
+        while swaps and _mass(score, k, swaps) < LEAST_MASS * exact:
             swaps.pop()  # the costliest
-        chosen = ids.copy()
-        for place, expert in swaps:
-            chosen[place] = expert
-        self.counts.slots += len(ids)
+        chosen = ranked.ids[:k].copy()
+        for rank, other in swaps:
+            chosen[rank] = ranked.ids[other]
+        self.counts.slots += k
         self.counts.swapped += len(swaps)
-        self.counts.kept_mass += self._mass(score, ids, swaps) / exact if exact else 1.0
+        self.counts.kept_mass += _mass(score, k, swaps) / exact if exact else 1.0
         self.counts.choices += 1
-        return chosen, [int(ids[place]) for place, _ in swaps]
+        return chosen, [int(ranked.ids[rank]) for rank, _ in swaps]
 
-    def _mass(self, score: Scores, ids: Ids, swaps: list[tuple[int, int]]) -> float:
-        change = sum(float(score[e] - score[ids[place]]) for place, e in swaps)
-        return float(score[ids].sum()) + change
+
+def _mass(score: Scores, k: int, swaps: list[tuple[int, int]]) -> float:
+    """Score mass of a choice with these swaps."""
+    return float(score[:k].sum()) + sum(float(score[b] - score[a]) for a, b in swaps)

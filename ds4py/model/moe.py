@@ -28,6 +28,14 @@ class RoutingTrace(Protocol):
         """ids [S, k] of a layer in this step; computed at the latest when the next one begins."""
         ...
 
+    def scored(self, layer: int, score: Array, bias: Array) -> None:
+        """The router's score [S, E] and selection bias [E] in this step, of score-routed layers."""
+        ...
+
+    def foreseen(self, layer: int, ids: Array) -> None:
+        """ids [S, k] that were guessed before the layer ran, to read them ahead."""
+        ...
+
 
 class ExpertSource(ABC):
     """Where the routed experts' weights are, resident or not."""
@@ -49,11 +57,16 @@ class ExpertSource(ABC):
         """The streams after the last layer: once they are computed, nothing of the step is left."""
         return
 
-    prefers = False
-    """Whether `prefer` may say something else than the router."""
+    @property
+    def prefers(self) -> bool:
+        """Whether `prefer` wants to see the scores."""
+        return self.trace is not None
 
     def prefer(self, layer: int, score: Array, bias: Array, ids: Array) -> Array:
-        """A last word on the router's choice ids [S, k], made from score [S, E] + bias [E]."""
+        """A last word on the router's choice ids [S, k], made from score [S, E] + bias [E]; the
+        same object where it stays."""
+        if self.trace is not None:
+            self.trace.scored(layer, score, bias)
         return ids
 
     def hot_set(self) -> list[tuple[int, int]]:

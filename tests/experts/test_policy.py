@@ -9,10 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds4py.errors import OptionsError
+from ds4py.errors import InputError, OptionsError
 from ds4py.experts import simulate
 from ds4py.experts.policy import Belady, Decayed, Key, Policy, Residency, online_policy
-from ds4py.experts.trace import Recorder, Step, Trace, TraceFacts, read, reuse
+from ds4py.experts.swaps import BoundedSwaps
+from ds4py.experts.trace import (
+    Candidates,
+    Recorder,
+    Step,
+    Trace,
+    TraceFacts,
+    Writer,
+    read,
+    reuse,
+)
 from tests.experts.models import LEAST, prompt, streamed
 
 LAYERS, E, K = 4, 10, 3
@@ -155,30 +165,43 @@ def test_too_few_slots() -> None:
         Residency(11, range(4), 3, online_policy("lru"))
 
 
-@pytest.mark.parametrize(("policy", "prefetch"), [("lru", "hash"), ("decayed", "off")])
+@pytest.mark.parametrize(
+    ("policy", "prefetch", "swap"),
+    [("lru", "hash", 0.0), ("decayed", "off", 0.0), ("lru", "router", 0.0), ("lru", "router", 0.5)],
+)
 def test_the_engine_misses_what_the_simulator_says(
-    bundle: Path, policy: str, prefetch: str
+    bundle: Path, policy: str, prefetch: str, swap: float
 ) -> None:
-    """Prefill, drafts and decoding, at two cache sizes; the draft layer has its own slots."""
+    """Prefill, drafts and decoding, at two cache sizes; the draft layer has its own slots. With
+    swaps the simulator chooses again, from the scores, and finds the engine's choices."""
     for slots in (LEAST, 44):
-        engine = streamed(bundle, slots, policy=policy, prefetch=prefetch)
+        engine = streamed(bundle, slots, policy=policy, prefetch=prefetch, swap=swap)
         recorder = engine.experts.trace = Recorder(TraceFacts.of("x", engine.config))
         engine.score(prompt(40), [20, 9, 3, *[1] * 4, 2, 1, 1])
         recorder.finish()
         section = engine.experts.sections[0]  # type: ignore[attr-defined]
         counted = section.residency.counts
-        said = simulate.replay(recorder.trace, slots, policy, prefetch == "hash", section.layers)
+        swaps = BoundedSwaps(swap) if swap else None
+        said = simulate.replay(recorder.trace, slots, policy, prefetch, section.layers, swaps)
         assert said == counted
+        if swaps is not None:
+            assert swaps.counts == engine.experts._swaps.counts  # type: ignore[attr-defined]
+            assert swaps.counts.swapped > 0 or slots == LEAST
         assert simulate.total(said).misses > 0
         speculative = section.reads.useful + section.reads.late + section.reads.wasted
         misses = simulate.total(said).misses + simulate.total(said).prefetched
         assert misses <= section.reads.records <= misses + speculative
 
 
-def test_trace_files(bundle: Path, tmp_path: Path) -> None:
-    from ds4py.experts.trace import Writer
+def same(a: Candidates, b: Candidates) -> bool:
+    pairs = ((a.ids, b.ids), (a.q, b.q), (a.score, b.score), (a.spread, b.spread))
+    return all(np.array_equal(x, y) for x, y in pairs)
 
-    engine = streamed(bundle, 40)
+
+def test_trace_files(bundle: Path, tmp_path: Path) -> None:
+    """Choices; in decoding also scores, and guesses where there were any. An older file is read
+    without them, and what needs them says so."""
+    engine = streamed(bundle, 40, prefetch="router")
     facts = TraceFacts.of("x", engine.config)
     writer, recorder = Writer(tmp_path / "t", facts), Recorder(facts)
     for trace in (writer, recorder):
@@ -191,6 +214,28 @@ def test_trace_files(bundle: Path, tmp_path: Path) -> None:
     for a, b in zip(found.steps, recorder.trace.steps, strict=True):
         assert (a.n_tokens, a.last, list(a.chosen)) == (b.n_tokens, b.last, list(b.chosen))
         assert all(np.array_equal(a.chosen[n], b.chosen[n]) for n in a.chosen)
+        assert list(a.scored) == list(b.scored) == (list(range(3, 7)) if a.n_tokens == 1 else [])
+        assert all(same(a.scored[n], b.scored[n]) for n in a.scored)
+        assert sorted(a.foreseen) == sorted(b.foreseen) == sorted(a.scored)
+        assert all(np.array_equal(a.foreseen[n], b.foreseen[n]) for n in a.foreseen)
+        for layer, best in a.scored.items():  # the router's choice leads, in order
+            assert sorted(a.chosen[layer][0]) == sorted(best.ids[0, :3])
+            assert (np.diff(best.q[0]) <= 0).all() and best.ids.shape == (1, 12)
+    older = Writer(tmp_path / "old", facts)
+    older.trace.steps = [Step(s.n_tokens, s.last, s.chosen) for s in recorder.trace.steps]
+    older.close()
+    head, _, body = (tmp_path / "old").read_bytes().partition(b"\n")
+    (tmp_path / "old").write_bytes(head.replace(b'trace": 2', b'trace": 1') + b"\n" + body)
+    plain = read(tmp_path / "old")
+    hashed = simulate.total(simulate.replay(found, 40, "lru"))
+    assert simulate.total(simulate.replay(plain, 40, "lru")) == hashed
+    with pytest.raises(InputError, match="no scores"):
+        simulate.replay(plain, 40, "lru", swaps=BoundedSwaps(0.1))
+    with pytest.raises(InputError, match="--prefetch router"):
+        simulate.replay(plain, 40, "lru", "router")
+    (tmp_path / "new").write_bytes(head.replace(b'trace": 2', b'trace": 3') + b"\n" + body)
+    with pytest.raises(InputError, match="version 3; this program reads 1 and 2"):
+        read(tmp_path / "new")
     data = (tmp_path / "t").read_bytes()
     (tmp_path / "t").write_bytes(data[:-3])
     assert len(read(tmp_path / "t").steps) == len(found.steps) - 1
