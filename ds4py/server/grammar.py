@@ -31,6 +31,8 @@ SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 """JSON as the model writes it, and without endless white space."""
 MAX_GRAMMAR = 4 << 20
 """Characters of a grammar; compiling takes time and memory in proportion."""
+MOST_UNLISTED = 8
+"""Most parameters, in a row, that a tool's schema does not ask for."""
 _OPEN = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
 """Keywords of a tool's schema that let it have parameters besides its properties."""
 _PLAIN = {"type", "title", "description", "default", "examples", "$comment", "minLength"}
@@ -242,7 +244,8 @@ def _loose(tool: Tool, dsml: str) -> str:
     for name, schema in properties.items() if isinstance(properties, dict) else ():
         is_required = isinstance(required, list) and name in required
         (must if is_required else others).append(_any_value(name, schema, dsml))
-    between = f"({' | '.join(others)})*" if others else ""
+    # A grammar cannot tell that one came before; their number is bounded, so that a call ends.
+    between = f"({' | '.join(others)}){{0,{max(len(others), MOST_UNLISTED)}}}" if others else ""
     return f" {between} ".join(["", *must, ""]) if must else between
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ds4py.server.errors import ApiError
 from ds4py.server.kept import Kept
-from ds4py.server.openai_parts import ContentPart, called, text_of
+from ds4py.server.openai_parts import ContentPart, called, joined, text_of
 
 ROLES = ("user", "assistant", "system", "developer")
 _CONTENT: TypeAdapter[str | list[ContentPart] | None] = TypeAdapter(str | list[ContentPart] | None)
@@ -65,11 +65,14 @@ class _Builder:
 
     def _call(self, item: dict[str, Any], where: str) -> None:
         call_id, name = (_text_field(item, key, where) for key in ("call_id", "name"))
+        namespace = item.get("namespace")
+        if not isinstance(namespace, str | None):
+            raise ApiError("is no string", param=f"{where}.namespace")
         arguments = item.get("arguments") or "{}"
         if not isinstance(arguments, str | dict):
             raise ApiError("is no string", param=f"{where}.arguments")
         self._answer(new=False).setdefault("tool_calls", []).append(
-            called(call_id, name, arguments)
+            called(call_id, joined(namespace, name), arguments)
         )
 
     def _answer(self, new: bool) -> dict[str, Any]:

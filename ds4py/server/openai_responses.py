@@ -99,6 +99,7 @@ class ResponsesExchange:
         self.requests: list[Request] = [
             writer.request(asked, _sampling(body), (), parts.new_call_id)
         ]
+        self._namespaces = parts.namespaces_of(body.tools)
         self._n_frames = 0
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the item being written
@@ -114,7 +115,7 @@ class ResponsesExchange:
         elif isinstance(event, Content):
             out += self._text(event.text)
         elif isinstance(event, ToolCallStart):
-            out += self._close() + self._add(_call(event.id, event.name))
+            out += self._close() + self._add(self._call(event.id, event.name))
         elif isinstance(event, ToolCallArguments):
             assert self._open is not None
             self._open["arguments"] += event.text
@@ -156,7 +157,7 @@ class ResponsesExchange:
             chances = [parts.chance(found) for found in answer.chances]
             self._output.append(_message(answer.content, status, chances))
         for call in answer.calls:
-            item = _call(call["id"], call["name"])
+            item = self._call(call["id"], call["name"])
             self._output.append({**item, "arguments": call["arguments"], "status": "completed"})
         self._usage = finished.usage
         return self._ended(complete)
@@ -226,6 +227,19 @@ class ResponsesExchange:
         return out + self._frame(
             "response.output_text.delta", content_index=0, delta=text, logprobs=chances
         )
+
+    def _call(self, call_id: str, read_name: str) -> dict[str, Any]:
+        """An item for a call, without its arguments; the name as the model wrote it."""
+        namespace, name = self._namespaces.get(read_name, (None, read_name))
+        return {
+            "id": f"fc_{secrets.token_hex(16)}",
+            "type": "function_call",
+            "status": "in_progress",
+            "call_id": call_id,
+            "name": name,
+            **({} if namespace is None else {"namespace": namespace}),
+            "arguments": "",
+        }
 
     def _close(self, status: str = "completed") -> str:
         """Complete the open item."""
@@ -375,17 +389,6 @@ def _message(text: str | None, status: str, chances: list[Any]) -> dict[str, Any
         "status": status,
         "role": "assistant",
         "content": [] if text is None else [part],
-    }
-
-
-def _call(call_id: str, name: str) -> dict[str, Any]:
-    return {
-        "id": f"fc_{secrets.token_hex(16)}",
-        "type": "function_call",
-        "status": "in_progress",
-        "call_id": call_id,
-        "name": name,
-        "arguments": "",
     }
 
 

@@ -63,6 +63,28 @@ def test_a_tool_call_and_its_result(served: Any) -> None:
     assert served.openai().responses.create(input=items, **ask).output_text == expected
 
 
+def test_tools_in_a_namespace(served: Any) -> None:
+    """As Codex sends those of its MCP servers."""
+    home: Any = {"type": "namespace", "name": "home", "description": "At home.", "tools": [TOOL]}
+    asked: Any = [{"role": "user", "content": "What is the weather in Rome?"}]
+    ask: Any = {"model": "m", "tools": [home], "temperature": 0, "reasoning": OFF}
+    with served.openai().responses.stream(input=asked, **ask) as stream:
+        first = stream.get_final_response()
+    call = first.output[-1]
+    assert (call.type, call.namespace, call.name) == ("function_call", "home", "get_weather")
+    assert first.tools[0].name == "home"
+    output = '{"temperature": 21, "sky": "sunny"}'
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": output}
+    items = [*asked, *(item.model_dump(exclude_none=True) for item in first.output), result]
+    answer = served.openai().responses.create(input=items, **ask)
+    assert "21 degrees" in answer.output_text
+    cached = answer.usage.input_tokens_details.cached_tokens
+    assert cached >= first.usage.input_tokens + first.usage.output_tokens - 1
+    for wrong in ({**home, "tools": None}, {**home, "name": 5}):
+        with pytest.raises(openai.BadRequestError):
+            served.openai().responses.create(input=asked, **{**ask, "tools": [wrong]})
+
+
 def test_the_life_of_items() -> None:
     with Running(ScriptedEngine(Script([CALL]))) as server:
         stream = server.openai().responses.create(
