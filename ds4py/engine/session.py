@@ -63,6 +63,8 @@ class Session:
         """How many tokens the last `sync` found in the state."""
         self.seed: int | None = None
         """Of the last generation: with it and the same options a restored session goes on alike."""
+        self.chances: list[Logprobs] = []
+        """Of every token of the prompt but the first, where `sync_slices` was asked for them."""
 
     @property
     def tokens(self) -> list[int]:
@@ -86,21 +88,23 @@ class Session:
         return self.reused
 
     def sync_slices(
-        self, tokens: Sequence[int], chunk: int | None = None
+        self, tokens: Sequence[int], chunk: int | None = None, top_logprobs: int | None = None
     ) -> Iterator[tuple[int, int]]:
         """`sync` in slices of at most `chunk` tokens: yields (done, total) after each.
 
         Between two slices other sessions may run, and the iterator may be dropped: the session
         then holds what was read. What can be reused is found at the call (`reused`), which raises
-        as `sync` does.
+        as `sync` does. top_logprobs: nothing is reused, and `chances` tells how likely each token
+        was, and that many of the likeliest ones.
         """
         wanted = [int(token) for token in tokens]
         check_tokens(wanted, self._engine.context, self._engine.config.vocab_size)
-        common = common_prefix(self._tokens, wanted)
+        self.chances = []
+        common = 0 if top_logprobs is not None else common_prefix(self._tokens, wanted)
         if not (common == len(wanted) == self.position and self._logits is not None):
             self._return_to(min(common, len(wanted) - 1))  # the last token gives the logits
         self.reused = self.position
-        return self._prefill(wanted, chunk or self._engine.options.prefill_chunk)
+        return self._prefill(wanted, chunk or self._engine.options.prefill_chunk, top_logprobs)
 
     def reusable(self, tokens: Sequence[int]) -> int:
         """How many tokens `sync(tokens)` would reuse. Changes nothing."""
@@ -290,7 +294,9 @@ class Session:
             for _ in self._prefill(tokens, self._engine.options.prefill_chunk):
                 pass
 
-    def _prefill(self, tokens: list[int], chunk: int) -> Iterator[tuple[int, int]]:
+    def _prefill(
+        self, tokens: list[int], chunk: int, top_logprobs: int | None = None
+    ) -> Iterator[tuple[int, int]]:
         """Step over tokens[position:], in chunks that end on the checkpoint grid.
 
         Where a turn begins inside a chunk, the checkpoint there costs no step of its own.
@@ -303,16 +309,18 @@ class Session:
             here, began = self.position, perf_counter()
             size = self._engine.pacer.chunk(chunk) if self._engine.pacer else chunk
             end = min(here - here % size + size, len(tokens))
-            logits, delta = self._model.step(
-                mx.array(tokens[here:end]), state, int(end == len(tokens))
-            )
+            n_logits = int(end == len(tokens)) if top_logprobs is None else end - here
+            logits, delta = self._model.step(mx.array(tokens[here:end]), state, n_logits)
             inside = [state.after(delta, at - here) for at in turns if here < at < end]
             state.commit(delta, end - here)
             mx.eval(logits, *state.pending())  # bounds the graph to one chunk
             if self._engine.pacer:
                 self._engine.pacer.took(end - here, perf_counter() - began)
             self._tokens += tokens[here:end]
-            self._logits = logits if end == len(tokens) else None
+            self._logits = logits[-1:] if end == len(tokens) else None
+            if top_logprobs is not None:
+                following = enumerate(tokens[here + 1 : end + 1])
+                self.chances += [logprobs(logits[i], t, top_logprobs) for i, t in following]
             for frontier in inside:
                 self._keep(frontier, turn=True)
             self._keep(state.frontier, turn=end in turns)

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 
 from ds4py.engine.session import Session, Token
 from ds4py.engine.stopping import StopStrings
-from ds4py.server.request import Chance, Event, Finished, Request, Usage
+from ds4py.server.request import Chance, Event, Finished, Request, Scored, Usage
 from ds4py.text.events import Content, ToolCallEnd, ToolCallStart
 from ds4py.text.messages import DSML, EOS, Segment
 from ds4py.text.stream import StreamParser
 from ds4py.text.tokenizer import Tokenizer
+
+SCORED_SLICE = 128
+"""Tokens read at a time where all their logits are kept: 66 MB for 129,280 of them."""
 
 
 class Parser(Protocol):
@@ -81,7 +84,10 @@ class Generation:
     def read(self, session: Session, size: int) -> Iterator[tuple[int, int]]:
         """Bring the session to the prompt, yielding (done, total) after each slice of `size`."""
         start = perf_counter()
-        slices = session.sync_slices(self.prompt, size)
+        scored = self.request.scored
+        if scored is not None:
+            size = min(size, SCORED_SLICE)
+        slices = session.sync_slices(self.prompt, size, scored)
         self.cached = session.reused
         for progress in slices:
             self.prefill_s += perf_counter() - start
@@ -119,9 +125,15 @@ class Generation:
             return False
         return self._tokenizer.decode(self.tokens[-2:]).endswith("<" + DSML)
 
-    def full(self) -> list[Event]:
-        """The context has no room for an answer."""
-        return [self._finish("length")]
+    def begin(self, session: Session, context: int) -> list[Event]:
+        """What is known once the prompt has been read; `finished` where no token follows."""
+        out: list[Event] = []
+        if self.request.scored is not None:
+            following = zip(self.prompt[1:], session.chances, strict=True)
+            out.append(Scored(tuple(self._chance(token, *found) for token, found in following)))
+        if session.position >= context or not self.request.answered:
+            out.append(self._finish("length"))
+        return out
 
     def take(self, token: Token) -> list[Event]:
         """The events that this token makes certain; `finished` is set by the last one."""
@@ -131,7 +143,7 @@ class Generation:
         out: list[Event] = []
         ends = token.finish_reason == "stop"
         if token.logprobs is not None and not (was_reasoning or self._calls_started or ends):
-            out.append(self._chance(token))
+            out.append(self._chance(token.id, *token.logprobs))
         parsed = self._parser.push(token.text)
         if token.finish_reason is not None:
             parsed += self._parser.finish()
@@ -184,11 +196,9 @@ class Generation:
         self.finished = Finished(reason, usage, self._stops.found, self.prefill_s, decode_s)
         return self.finished
 
-    def _chance(self, token: Token) -> Chance:
-        assert token.logprobs is not None
-        logprob, top = token.logprobs
+    def _chance(self, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Chance:
         piece = self._tokenizer.piece
-        return Chance(piece(token.id), logprob, tuple((piece(i), p) for i, p in top))
+        return Chance(piece(token), logprob, tuple((piece(i), p) for i, p in top))
 
     def _ends_in_call(self) -> bool:
         return self._tokenizer.decode(self.tokens[-8:]).endswith("invoke>")

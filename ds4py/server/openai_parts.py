@@ -265,6 +265,7 @@ def new_call_id() -> str:
 
 def chance(found: Chance) -> dict[str, Any]:
     """A token's log-probability as chat and responses write it."""
+    assert found.logprob is not None  # it is a token of an answer
     top = [_token(token, logprob) for token, logprob in found.top]
     return {**_token(found.token, found.logprob), "top_logprobs": top}
 

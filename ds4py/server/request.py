@@ -23,6 +23,10 @@ class Request:
     sampling: SamplingOptions
     """Without stop strings: those apply to visible text, after parsing."""
     stop: tuple[str, ...] = ()
+    scored: int | None = None
+    """How likely the prompt's own tokens are is wanted, with this many of the likeliest."""
+    answered: bool = True
+    """An answer is wanted: otherwise only what is known of the prompt."""
     parsed: bool = True
     """The answer is reasoning, content and calls; otherwise all of it is content."""
     thinking: bool = False
@@ -64,8 +68,16 @@ class Chance:
     """How likely a token of the content was, and the likeliest ones, as (bytes, logprob)."""
 
     token: bytes
-    logprob: float
+    logprob: float | None
+    """None for a prompt's first token, which nothing stands before."""
     top: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The prompt has been read: each of its tokens but the first."""
+
+    chances: tuple[Chance, ...]
 
 
 @dataclass(frozen=True)
@@ -87,4 +99,4 @@ class Failed:
     error: Exception
 
 
-Event = events.Event | Reading | Chance | Finished | Failed
+Event = events.Event | Reading | Chance | Scored | Finished | Failed

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from ds4py.errors import InputError
 from ds4py.server.errors import ApiError
 from ds4py.server.generation import Turn
-from ds4py.server.request import Chance, Event, Failed, Finished, Request
+from ds4py.server.request import Chance, Event, Failed, Finished, Request, Scored
 from ds4py.server.worker import Job, Worker
 from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallStart
 
@@ -55,6 +55,7 @@ class Answer:
     calls: list[dict[str, str]] = field(default_factory=list)
     """id, name and arguments of each."""
     chances: list[Chance] = field(default_factory=list)
+    scored: Scored | None = None
     finished: Finished | None = None
 
     def add(self, event: Event) -> None:
@@ -68,6 +69,8 @@ class Answer:
             self.calls[event.index]["arguments"] += event.text
         elif isinstance(event, Chance):
             self.chances.append(event)
+        elif isinstance(event, Scored):
+            self.scored = event
         elif isinstance(event, Finished):
             self.finished = event
 

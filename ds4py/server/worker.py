@@ -271,10 +271,10 @@ class Worker:
                 self.counters.read_tokens += progress[0] - job.n_read
                 job.n_read = progress[0]
                 job.deliver([Reading(*progress)])
-            elif session.position >= self.engine.context:
-                self._deliver(job, generation.full())
             else:
-                job.tokens = generation.stream(session)
+                self._deliver(job, generation.begin(session, self.engine.context))
+                if generation.finished is None:
+                    job.tokens = generation.stream(session)
         except Exception as error:
             self._fail(job, error)
         if job in self._active:

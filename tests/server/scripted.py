@@ -85,7 +85,9 @@ class ScriptedSession:
     def position(self) -> int:
         return len(self.tokens)
 
-    def sync_slices(self, tokens: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:
+    def sync_slices(
+        self, tokens: Sequence[int], chunk: int, top_logprobs: int | None = None
+    ) -> Iterator[tuple[int, int]]:
         check_tokens(list(tokens), self.engine.context, self.engine.config.vocab_size)
         self.reused = common_prefix(self.tokens, tokens)
         self.tokens, self.rest = self.tokens[: self.reused], []

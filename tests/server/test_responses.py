@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
+from ds4py import Engine, EngineOptions
 from ds4py.eval.toolpool import POOL
 from tests.server.scripted import Running, Script, ScriptedEngine
 
@@ -181,3 +183,40 @@ def test_logprobs_where_they_are_included(served: Any) -> None:
     assert all(chance.top_logprobs == [] for chance in part.logprobs)
     response = served.openai().responses.create(**ask, include=["reasoning.encrypted_content"])
     assert response.output[0].content[0].logprobs == []
+
+
+def test_a_prompt_is_scored(served: Any) -> None:
+    """As evaluations ask for it: how likely each token of a text is, and whether it is the first
+    choice."""
+    create = served.openai().completions.create
+    with served.http() as http:
+        ids = http.post("/tokenize", json={"content": "Once upon a time", "add_special": True})
+    tokens = ids.json()["tokens"]
+    logits = Engine.open("tiny", EngineOptions(context=64)).score(tokens)
+    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    expected = [float(logprobs[i, token]) for i, token in enumerate(tokens[1:])]
+    ask: Any = {"model": "m", "temperature": 0, "echo": True, "logprobs": 1}
+    for prompt, first in (("Once upon a time", []), (tokens, [None])):
+        scored = create(prompt=prompt, max_tokens=0, **ask)
+        assert scored.usage.completion_tokens == 0
+        (choice,) = scored.choices
+        found = choice.logprobs
+        assert choice.finish_reason == "length" and choice.text.endswith("Once upon a time")
+        assert "".join(found.tokens) == choice.text
+        assert found.token_logprobs[: len(first)] == found.top_logprobs[: len(first)] == first
+        assert found.token_logprobs[len(first) :] == pytest.approx(expected, abs=1e-4)
+        assert [max(top.values()) for top in found.top_logprobs[len(first) :]] == pytest.approx(
+            logprobs.max(axis=1)[:-1].tolist(), abs=1e-4
+        )
+        whole = create(prompt=prompt, max_tokens=3, **ask).choices[0]
+        n = len(found.tokens)
+        assert whole.logprobs.tokens[:n] == found.tokens and len(whole.logprobs.tokens) == n + 3
+        assert whole.text == "".join(whole.logprobs.tokens)
+        chunks = [c.choices[0] for c in create(prompt=prompt, max_tokens=3, stream=True, **ask)]
+        assert chunks[0].text == choice.text and chunks[0].logprobs.tokens == found.tokens
+        for key in ("tokens", "token_logprobs", "text_offset"):
+            streamed = [value for chunk in chunks for value in getattr(chunk.logprobs, key)]
+            assert streamed == getattr(whole.logprobs, key)
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(model="m", prompt="x", max_tokens=0)
+    assert caught.value.param == "max_tokens"
