@@ -121,7 +121,8 @@ def step(
     for i, (state, delta) in enumerate(zip(states, deltas, strict=True)):
         state.commit(delta, n)
         sampler = Sampler(SamplingOptions(seed=1), [], logits.shape[-1], launcher=launcher)
-        arrays += [sampler(logits[i], state.position), *state.pending()]
+        token = sampler(logits[i : i + 1].squeeze(0), state.position)
+        arrays += [token, *state.pending()]
     return arrays
 
 

@@ -19,9 +19,9 @@ POSITIONS = (1000, 100_000, 1_000_000)
 """Tokens before the steps that are counted."""
 
 
-def run_speed(model: ModelChoice, tokens: int, repeat: int, json_only: bool) -> int:
+def run_speed(settings: Settings, tokens: int, repeat: int, json_only: bool) -> int:
     """Measure tokens per second; a table, then one line of JSON. The exit code."""
-    engine, load_s = open_engine(Settings(model))
+    engine, load_s = open_engine(settings)
     from ds4py.bench import machine, speed
 
     with ProgressBar(sys.stderr) as bar:
@@ -54,9 +54,9 @@ def run_encode(weights: int, repeat: int) -> int:
     return 0
 
 
-def run_kv(model: ModelChoice, repeat: int, with_trace: bool, json_only: bool) -> int:
+def run_kv(settings: Settings, repeat: int, with_trace: bool, json_only: bool) -> int:
     """Measure sessions on disk; tables, then one line of JSON. The exit code."""
-    engine, _ = open_engine(Settings(model))
+    engine, _ = open_engine(settings)
     from ds4py.bench import kv, machine
 
     per_token = kv.token_bytes(engine)

@@ -231,7 +231,7 @@ class Chat:
         """What the last answer cost."""
         turn = self.conversation.last
         self.tell(statistics(turn) if turn else "Nothing was answered yet.")
-        if turn and (lines := experts.statistics(self.engine.expert_stats())):
+        if turn and (lines := experts.counters(self.engine.stats())):
             self.tell(lines)
 
     def reset(self) -> None:

@@ -229,6 +229,7 @@ def serve(
     context: ContextSize = None,
     memory: Memory = None,
     experts: ExpertChoice = NO_EXPERT_CHOICE,
+    kernels: Kernels = None,
 ) -> int:
     """Answer over HTTP: chat completions, completions, responses and messages.
 
@@ -240,6 +241,7 @@ def serve(
         context=context,
         memory=memory,
         experts=experts,
+        kernels=kernels,
         kv_dir=kv_dir,
         kv_space=kv_space,
     )
@@ -397,6 +399,7 @@ def speed(
     repeat: Annotated[
         int, typer.Option(min=1, metavar="N", help="Runs of each; the median counts.")
     ] = 3,
+    kernels: Kernels = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
 ) -> int:
     """Measure tokens per second: decoding near and far into the context, and reading prompts.
@@ -405,7 +408,7 @@ def speed(
     """
     from ds4py.cli.bench import run_speed
 
-    return run_speed(given.choose_model(model), tokens, repeat, json)
+    return run_speed(Settings(given.choose_model(model), kernels=kernels), tokens, repeat, json)
 
 
 bench.command("experts", short_help="Measure streamed experts.")(streaming.bench)
@@ -470,6 +473,7 @@ def kv(
     trace: Annotated[
         bool, typer.Option("--trace/--no-trace", help="Replay a day of agents under each rule.")
     ] = True,
+    kernels: Kernels = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
 ) -> int:
     """Measure restoring a prompt against reading it, saving a turn, and what eviction loses.
@@ -478,4 +482,4 @@ def kv(
     """
     from ds4py.cli.bench import run_kv
 
-    return run_kv(given.choose_model(model), repeat, trace, json)
+    return run_kv(Settings(given.choose_model(model), kernels=kernels), repeat, trace, json)

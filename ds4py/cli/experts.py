@@ -1,4 +1,4 @@
-"""What the command line does for streamed experts: the routing trace, figures."""
+"""What the command line does for streamed experts: the routing trace, figures; and counters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ds4py.cli import settings as given
-from ds4py.cli.arguments import NO_EXPERT_CHOICE, ExpertChoice, Memory, Model, with_experts
+from ds4py.cli.arguments import (
+    NO_EXPERT_CHOICE,
+    ExpertChoice,
+    Kernels,
+    Memory,
+    Model,
+    with_experts,
+)
 
 if TYPE_CHECKING:
     from ds4py import Engine
@@ -34,8 +41,21 @@ def tracing(engine: "Engine", file: str | None) -> Iterator[None]:
         writer.close()
 
 
-def statistics(stats: Mapping[str, Any]) -> str:
-    """Lines about streamed experts; empty where all are resident."""
+def counters(stats: Mapping[str, Any]) -> str:
+    """Lines about an engine's streamed experts and Metal kernels, where there are any."""
+    return "\n".join(filter(None, (_streaming(stats["experts"]), _kernels(stats["kernels"]))))
+
+
+def _kernels(stats: Mapping[str, Any]) -> str:
+    if not stats:
+        return ""
+    line = f"ds4: Metal kernels were launched {sum(stats['launches'].values())} times"
+    for what, count in stats["plain"].items():
+        line += f"; {what}: by MLX's own operations, {count} times"
+    return line
+
+
+def _streaming(stats: Mapping[str, Any]) -> str:
     if not stats:
         return ""
     from ds4py.sizes import format_size
@@ -71,6 +91,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to decode.")] = 256,
     memory: Memory = None,
     experts: ExpertChoice = NO_EXPERT_CHOICE,
+    kernels: Kernels = None,
     disk: Annotated[bool, typer.Option("--disk/--no-disk", help="Measure the disk, too.")] = True,
 ) -> int:
     """Measure streamed experts: reads against the disk's own limit, a run of the model, and what
@@ -81,4 +102,5 @@ def bench(
     from ds4py.cli.bench_experts import run
 
     choice = given.choose_model(model)
-    return run(choice, given.Settings(choice, memory=memory, experts=experts), trace, tokens, disk)
+    settings = given.Settings(choice, memory=memory, experts=experts, kernels=kernels)
+    return run(choice, settings, trace, tokens, disk)

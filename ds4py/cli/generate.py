@@ -51,7 +51,7 @@ def run(
     if as_json:
         print(json.dumps(report(turn, load_s, engine.name), ensure_ascii=False), flush=True)
     if stats:
-        lines = (statistics(turn, load_s), experts.statistics(engine.experts.stats()))
+        lines = (statistics(turn, load_s), experts.counters(engine.stats()))
         print(*filter(None, lines), sep="\n", file=sys.stderr, flush=True)
     if disk is not None:
         sys.stdout.flush()  # the answer does not wait for the disk

@@ -92,10 +92,9 @@ class Timelines:
         timeline.begin(session)
         return timeline
 
-
-    def expert_stats(self) -> dict[str, Any]:
-        """What streaming experts came to so far; empty where they are resident."""
-        return self._engine.experts.stats()
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        return self._engine.stats()
 
 
 class Timeline:

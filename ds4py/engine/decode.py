@@ -64,7 +64,7 @@ class _Stream:
 
     def __init__(self, state: SequenceState, sampler: Sampler, logits: mx.array):
         self.state, self.sampler = state, sampler
-        self.token = sampler(logits[-1], state.position)
+        self.token = sampler(logits.squeeze(0), state.position)
         """The next one to step over, a lazy scalar."""
         self.ahead: tuple[mx.array, mx.array] | None = None
         """A token in the state that was not handed out yet, and the logits after it."""
@@ -80,7 +80,7 @@ class _Stream:
         self._around = before, self.state.frontier
         self.ahead = self.token, logits
         try:
-            self.token = self.sampler(logits[-1], self.state.position)
+            self.token = self.sampler(logits.squeeze(0), self.state.position)
         except Exception as error:
             self.failed = error
 

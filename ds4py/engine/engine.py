@@ -287,4 +287,5 @@ class Engine:
             **self.counters,
             "routing": self.routing,
             "experts": self.experts.stats(),
+            "kernels": {} if self.launcher is None else self.launcher.stats(),
         }

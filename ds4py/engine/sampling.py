@@ -24,6 +24,8 @@ Logprobs = tuple[float, tuple[tuple[int, float], ...]]
 
 ANY = mx.array([-np.inf], mx.float32)
 """No logit is too small to be drawn."""
+BOUNDS = "the least logit within top-k and top-p"
+"""What is computed with MLX's operations, also where a kernel draws."""
 
 
 class Constraint(Protocol):
@@ -74,6 +76,8 @@ class Sampler:
         bias = self._bias if self._constraint is None else self._constrain(self._constraint)
         lowest = ANY
         if o.temperature and (o.top_k or o.top_p < 1):
+            if self._launcher is not None:
+                self._launcher.plain[BOUNDS] += 1
             scaled = sample.adjusted(logits, self._settings, *seen, bias) / o.temperature
             lowest = least(scaled[0], o)[None]
         key = mx.array(sample.noise_key(self.seed, position)[None])
@@ -84,7 +88,7 @@ class Sampler:
             token = sample.token(self._launcher, *given)
         if self._counts is not None:
             self._counts = self._counts.at[0, token].add(1)
-        self._last = token[0]
+        self._last = token.squeeze(0)
         return self._last
 
     def _constrain(self, constraint: Constraint) -> mx.array | None:

@@ -154,11 +154,17 @@ class Launcher:
         self._tracing = False
         self._finished: set[Any] = set()
         self._launched: Counter[str] = Counter()  # one by one
+        self.plain: Counter[str] = Counter()
+        """How often something was computed with MLX's operations instead of kernels, by name."""
 
     @property
     def counters(self) -> Counter[str]:
         """Launches by kernel name."""
         return sum((piece.total for piece in self._pieces.values()), self._launched)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters for people and scripts."""
+        return {"launches": dict(self.counters), "plain": dict(self.plain)}
 
     def launch(
         self,

@@ -38,8 +38,12 @@ class Streams:
 
     def last(self, n: int) -> Streams:
         """Those of the last n positions."""
-        first = self.values.shape[0] - n
-        return Streams(self.values[first:]) if first else self
+        first, sums = self.values.shape[0] - n, self.partials
+        if not first:
+            return self
+        if sums is not None:
+            sums = mx.take(sums, mx.arange(first, first + n), axis=1)  # a slice has gaps
+        return Streams(self.values[first:], sums)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
 """The fused operations as launches of the Metal kernels.
 
 Weights stay in the bytes of the file: the maps that share an input are a tuple of packed matrices.
-What has no kernel is computed by `Reference` with MLX's operations, on the GPU as well; `PLAIN`
-lists it.
+What is computed with MLX's operations instead, on the GPU as well, is counted by name in
+`Launcher.plain`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ds4py.cache.rows import attention_layout, index_layout
 from ds4py.cache.state import LayerDelta
@@ -22,7 +23,6 @@ from ds4py.kernels.attend import StoredRows
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.formats import PackedMatrix, unpack
 from ds4py.kernels.hyper import HyperWeights
-from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype
 from ds4py.model.fused import Residual, Routing, Streams
 from ds4py.model.reference import Reference
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 
 Packed = tuple[PackedMatrix, ...]
 Projected = Sequence[tuple[Array, Array]]
+Table = Array | PackedMatrix
 
-PLAIN = ("experts streamed from disk, and their router", "experts while observed", "draft input")
-"""What runs as plain MLX operations, wholly or in part."""
+EXPERTS = "experts streamed to a prompt, or observed"
+EMBEDDING = "rows of a packed embedding"
+"""What runs as plain MLX operations."""
 
 
 class Reads(NamedTuple):
@@ -136,27 +138,30 @@ class Metal(Reference):
         c = self.config
         return numbers(c.rms_norm_eps, (c.index_head_dim * c.index_n_heads) ** -0.5)
 
-    def embed(self, table: Array, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
+    def embed(self, table: Table, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
         def run(tokens: Array) -> Sequence[Array]:
-            fn, rows, at = reader.fn.arrays[0], table, tokens
-            if isinstance(table, PackedMatrix):
-                rows, at = self._rows(table, tokens), self.ops.arange(tokens.shape[0])
-            return hyper.embed(self.launcher, at, rows, fn, n_streams, self.dtype)
+            return self._rows(table, tokens, n_streams, reader)
 
+        if isinstance(table, PackedMatrix):
+            self.launcher.plain[EMBEDDING] += 1
         return Streams(*self._replay(("embed", id(reader)), tokens, (tokens,), run))
 
-    def _rows(self, table: Array | PackedMatrix, tokens: Array) -> Array:
-        """Rows of an embedding, which stays as it is stored: blocks are decoded here."""
-        if isinstance(table, PackedMatrix):
-            return unpack(table.format, table.rows[tokens], table.n_in)
-        return table[tokens]
+    def _rows(
+        self, table: Table, tokens: Array, n_streams: int, reader: HyperWeights
+    ) -> tuple[Array, Array]:
+        """Rows of the embedding as streams [S, H, D], and what `reader` needs of them."""
+        fn = reader.fn.arrays[0]
+        if isinstance(table, PackedMatrix):  # it stays as it is stored: blocks are decoded here
+            rows = unpack(table.format, table.rows[tokens], table.n_in)
+            table, tokens = rows, self.ops.arange(tokens.shape[0])
+        return hyper.embed(self.launcher, tokens, table, fn, n_streams, self.dtype)
 
     def enter(self, streams: Streams, reader: HyperWeights, norm: Array) -> tuple[Array, Residual]:
         def run(values: Array, partials: Array | None) -> Sequence[Array]:
             return self._mix(values, partials, reader, norm, self.config.hc_sinkhorn_iters)
 
-        given, key = (streams.values, streams.partials), ("enter", id(reader))
-        x, gates = self._replay((*key, streams.partials is None), given[0], given, run)
+        given = (streams.values, streams.partials)
+        x, gates = self._replay(("enter", id(reader), given[1] is None), given[0], given, run)
         return x, Residual(streams.values, gates)
 
     def _mix(
@@ -164,8 +169,9 @@ class Metal(Reference):
     ) -> tuple[Array, Array]:
         """Streams x [S, H, D] -> [S, D], normed, and the gates; iters 0: the head's form."""
         epsilons = numbers(reader.norm_eps, reader.eps, self.config.rms_norm_eps)
-        if partials is None:
-            partials = hyper.products(self.ops, x, reader)
+        if partials is None:  # nothing was summed for this reader: add nothing
+            zero = mx.zeros((x.shape[0], 1, x.shape[2]))
+            x, partials = self._sum(zero, x, passed(*x.shape[:2], 0.0), reader)
         base, scale = reader.base, reader.scale
         return hyper.pre(self.launcher, x, partials, base, scale, norm, epsilons, iters)
 
@@ -218,7 +224,7 @@ class Metal(Reference):
     def _view(self, layer: Attention, plan: StepPlan) -> View:
         window, table = plan.state.frontier.window, plan.table(layer.layer)
         if layer.compressor is None:
-            return View(Reads(window, table, plan.origin, plan.nothing), 0, 0, None)
+            return View(Reads(window, table, plan.origin, nothing(plan.n_tokens)), 0, 0, None)
         names = [c.series.name for c in (layer.compressor, layer.indexer) if c is not None]
         closing, values = plan.closing[names[0]], plan.state.frontier.values
         reads = Reads(window, table, closing.step, closing.visible)
@@ -274,11 +280,10 @@ class Metal(Reference):
         def run(streams: Array, gates: Array, *parts: Array) -> Sequence[Array]:
             o = parts[0] if len(parts) == 1 else mx.concatenate(list(parts))
             y = self._dense(o, layer.wo_a, groups=self.config.o_groups, result=self.dtype)
-            after = dense.Residual(streams, gates, reader.fn.arrays[0])
             if is_step(y):
+                after = dense.Residual(streams, gates, reader.fn.arrays[0])
                 return dense.expand(self.launcher, y, layer.wo_b[0], after)
-            terms = dense.matmul(self.launcher, y, layer.wo_b, self.dtype)[:, None]
-            return dense.add(self.launcher, terms, after)
+            return self._sum(self._dense(y, layer.wo_b)[:, None], streams, gates, reader)
 
         given = (residual.streams, residual.gates, *attended)
         return Streams(*self._replay(("leave", id(layer), len(attended)), given[0], given, run))
@@ -310,7 +315,7 @@ class Metal(Reference):
     ) -> Streams:
         placed = layer.experts.place(layer.index, routing.ids)
         if placed is None:
-            return self._routed(x, layer, routing, residual)
+            return self._routed(x, layer, routing, residual, reader)
         experts, slots = placed
         shared, limit = layer.w_in[1:], self.config.swiglu_limit
 
@@ -318,43 +323,56 @@ class Metal(Reference):
             x: Array, records: Array, slots: Array, weights: Array, streams: Array, gates: Array
         ) -> Sequence[Array]:
             on, down, where = self.launcher, layer.shared_w2[0], replace(experts, records=records)
-            after = dense.Residual(streams, gates, reader.fn.arrays[0])
             if is_step(x):
                 h = moe.gate_up(on, x, where, slots, weights, shared, limit)
+                after = dense.Residual(streams, gates, reader.fn.arrays[0])
                 return moe.down(on, h, where, slots, down, after)
             groups = moe.group(on, routing.ids, self.config.n_routed_experts)
             h = moe.matmul_gate_up(on, x, where, groups, slots, weights, shared, limit)
-            return dense.add(on, moe.matmul_down(on, h, where, groups, slots, down), after)
+            terms = moe.matmul_down(on, h, where, groups, slots, down)
+            return self._sum(terms, streams, gates, reader)
 
         given = (x, experts.records, slots, routing.weights, residual.streams, residual.gates)
         return Streams(*self._replay(("experts", id(layer)), x, given, run))
 
-    def _routed(self, x: Array, layer: MoE, routing: Routing, residual: Residual) -> Streams:
+    def _routed(
+        self, x: Array, layer: MoE, routing: Routing, residual: Residual, reader: HyperWeights
+    ) -> Streams:
         """Experts whose source computes them itself."""
+        self.launcher.plain[EXPERTS] += 1
         y = layer.experts.routed(layer.index, x, routing.ids, routing.weights)
         width = layer.w_in[1].rows.shape[0]
         both = self._dense(x, layer.w_in[1:])
         h = moe.swiglu(self.ops, both[:, :width], both[:, width:], self.config.swiglu_limit)
-        y = y + self._dense(h.astype(x.dtype), layer.shared_w2)
-        n, h, _ = residual.streams.shape
-        post, comb = residual.gates[:, :h], residual.gates[:, h:].reshape(n, h, h)
-        return Streams(hyper.expand(self.ops, y, residual.streams, post, comb))
+        terms = mx.stack([y, self._dense(h.astype(x.dtype), layer.shared_w2)], 1)
+        return Streams(*self._sum(terms, residual.streams, residual.gates, reader))
 
     def draft(self, layer: DraftLayer, streams: Array, tokens: Array) -> Streams:
-        ops, eps, (n, h, d) = self.ops, self.config.rms_norm_eps, streams.shape
-        row = rms_norm(ops, self._rows(layer.embed, tokens).astype(self.dtype), layer.enorm, eps)
-        old = rms_norm(ops, streams, layer.hnorm, eps).reshape(n * h, d)
-        new = self._dense(row, layer.e_proj).reshape(n, 1, d)
-        old = self._dense(old, layer.h_proj).reshape(n, h, d)
-        return Streams((new + old).astype(self.dtype))
+        eps, reader = self.config.rms_norm_eps, layer.block.hc_attn
+
+        def run(streams: Array, tokens: Array) -> Sequence[Array]:
+            n, h, d = streams.shape
+            rows, _ = self._rows(layer.embed, tokens, h, reader)
+            new = self._dense(rows.reshape(n, h * d), layer.e_proj, norm=layer.enorm, eps=eps)
+            old = streams.reshape(n * h, d)
+            old = self._dense(old, layer.h_proj, norm=layer.hnorm, eps=eps, result=self.dtype)
+            return self._sum(new[:, None], old.reshape(n, h, d), passed(n, h, 1.0), reader)
+
+        return Streams(*self._replay(("draft", id(layer)), streams, (streams, tokens), run))
+
+    def _sum(
+        self, terms: Array, streams: Array, gates: Array, reader: HyperWeights
+    ) -> tuple[Array, Array]:
+        """Float32 terms [S, n, D] into the streams, and what `reader` needs of the result."""
+        return dense.add(self.launcher, terms, dense.Residual(streams, gates, reader.fn.arrays[0]))
 
     def head(self, streams: Streams, reader: HyperWeights, norm: Array, weight: Packed) -> mx.array:
         def run(values: Array, partials: Array | None) -> Sequence[Array]:
             x, _ = self._mix(values, partials, reader, norm, 0)
             return [self._dense(x, weight)]
 
-        given, key = (streams.values, streams.partials), ("head", id(reader))
-        (logits,) = self._replay((*key, streams.partials is None), given[0], given, run)
+        given = (streams.values, streams.partials)
+        (logits,) = self._replay(("head", id(reader), given[1] is None), given[0], given, run)
         return logits
 
     def stack(
@@ -393,6 +411,19 @@ def is_step(x: Array) -> bool:
 def integers(*values: int) -> mx.array:
     """The same for places: int32."""
     return mx.array(values, mx.int32)
+
+
+@lru_cache(64)
+def nothing(n: int) -> mx.array:
+    """Compressed rows that n tokens see where there are none: int32 [n]."""
+    return mx.array([0] * n, mx.int32)
+
+
+@lru_cache(64)
+def passed(n: int, n_streams: int, weight: float) -> mx.array:
+    """Gates of n positions that leave the streams as they are and add `weight` times the terms."""
+    row = [weight] * n_streams + np.eye(n_streams).ravel().tolist()
+    return mx.array([row] * n, mx.float32)
 
 
 @cache

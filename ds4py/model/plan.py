@@ -56,11 +56,6 @@ class StepPlan:
         return self.ops.array(np.array([self.start, 0], np.int32))
 
     @cached_property
-    def nothing(self) -> Array:
-        """Compressed rows that queries of those layers see: int32 [S]."""
-        return self.ops.zeros((self.n_tokens,), self.ops.int32)
-
-    @cached_property
     def _sliding_table(self) -> Array:
         return rope.table(self.ops, self.positions, self.freqs.sliding)
 

@@ -146,8 +146,9 @@ def test_the_state_directory_stays_untouched(ds4: Any) -> None:
 def test_kernels_can_be_chosen(ds4: Any) -> None:
     text = ds4("generate", PROMPT, *GREEDY, "5").stdout
     assert ds4("generate", PROMPT, *GREEDY, "5", "--kernels", "reference").stdout == text
-    done = ds4("generate", PROMPT, "--kernels", "fast")
-    assert done.returncode == 2 and "auto, metal, reference" in done.stderr
+    for command in (["generate", PROMPT], ["serve"], ["bench", "speed"]):
+        done = ds4(*command, "--kernels", "fast")
+        assert done.returncode == 2 and "auto, metal, reference" in done.stderr
     if sys.platform != "darwin":
         done = ds4("generate", PROMPT, "--kernels", "metal")
         assert done.returncode == 2 and "no Metal device" in done.stderr

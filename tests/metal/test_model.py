@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from ds4py import Engine, EngineOptions, SamplingOptions, assets
+from ds4py.cli.experts import counters
+from ds4py.engine.sampling import BOUNDS
 from ds4py.kernels.build import Launcher
 from tests.experts import models
 from tests.golden import sets
@@ -85,6 +87,18 @@ def test_the_two_bit_model_writes_the_same_tokens(sampling: SamplingOptions) -> 
     check(logits[1], logits[0])
     assert launcher is not None
     assert set(launcher.counters) >= {"moe_gate_up", "moe_down", "attend_split", "sample_token"}
+
+
+def test_what_kernels_do_not_compute_is_counted() -> None:
+    _, metal = engines(TWO_BIT)
+    session = metal.session()
+    session.sync(some_tokens(12))
+    assert metal.stats()["kernels"]["plain"] == {}
+    list(session.generate(SamplingOptions(max_tokens=2, seed=1, top_k=5)))
+    assert metal.stats()["kernels"]["plain"] == {BOUNDS: 3}, "one token is drawn ahead"
+    said = counters(metal.stats())
+    assert f"; {BOUNDS}: by MLX's own operations, 3 times" in said
+    assert counters({"experts": {}, "kernels": {}}) == ""
 
 
 @pytest.mark.long
