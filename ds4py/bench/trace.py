@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ds4py.cache.evict import Entry, Policy, Segment, Tree
+from ds4py.cache.evict import Entry, Policy, Segment, Tree, Worth, expected, history
 from ds4py.cache.store import SEGMENT
 
 SYSTEM_TOKENS = 2000
@@ -88,14 +88,9 @@ class Replay:
         self.read += len(request.prompt) // _ID - reused
         for n, entry in enumerate(found):
             entry.used, entry.hits = self.now, entry.hits + (n == 0)
+            entry.uses += 1
         for end in request.saved:
             self._save(request.after[: end * _ID])
-        for entry in self._stored(request.after):
-            end = entry.tokens * _ID
-            seen = self._seen.setdefault(entry.name, set())
-            if following := request.after[end : end + 64]:
-                seen.add(following)
-            entry.continuations = min(len(seen), 2)
 
     def _stored(self, ids: bytes) -> list[Entry]:
         """Stored prefixes, the longest first."""
@@ -122,30 +117,37 @@ class Replay:
         if any(e.tail == tail for e in segment.entries):
             return
         own = self._frontier_bytes + int(self._token_bytes * len(tail) / _ID)
-        new = Entry(_name(ids), segment, tail, len(ids) // _ID, own, self.now)
+        ancestors = self._stored(ids)
+        for entry in ancestors:
+            seen = self._seen.setdefault(entry.name, set())
+            seen.add(ids[entry.tokens * _ID :][:64])
+            entry.continuations = min(len(seen), 2)
+        born, uses = history(ancestors[0] if ancestors else None, self.now)
+        new = Entry(_name(ids), segment, tail, len(ids) // _ID, own, self.now, born, uses)
         self.tree.add(new)
-        while self.tree.n_bytes > self._budget:
-            victim = self._policy(self.tree, self.now, (new,)) or new
+        victims = self.tree.room_for(new, self._budget, self.now, self._policy)
+        for victim in [new] if victims is None else victims:
             for gone in self.tree.remove(victim):
                 assert gone.parent is not None
                 del self._segments[gone.parent, gone.ids]
 
 
-def lru(tree: Tree, now: int, kept: Iterable[Entry]) -> Entry | None:
-    """The one that was unused for longest."""
-    return min(tree.entries.difference(kept), key=lambda e: e.used, default=None)
+def lru(tree: Tree, now: int) -> Callable[[Entry], Worth]:
+    """The one that was unused for longest goes, whatever comes."""
+    return lambda entry: Worth((entry.used,), 0)
 
 
 def ds4_score(token_bytes: float, frontier_bytes: int) -> Policy:
     """antirez/ds4's: (hits, halved every six hours, + 1) * tokens / size of its file."""
 
-    def policy(tree: Tree, now: int, kept: Iterable[Entry]) -> Entry | None:
-        def score(entry: Entry) -> tuple[float, int]:
+    def policy(tree: Tree, now: int) -> Callable[[Entry], Worth]:
+        def worth(entry: Entry) -> Worth:
             hits = entry.hits * 2 ** (-(now - entry.used) * SECONDS / HALF_LIFE)
             size = entry.tokens * token_bytes + frontier_bytes  # its files share nothing
-            return ((hits if hits >= 0.01 else 0) + 1) * entry.tokens / size, entry.used
+            score = ((hits if hits >= 0.01 else 0) + 1) * entry.tokens / size
+            return Worth((score, entry.used), 0)
 
-        return min(tree.entries.difference(kept), key=score, default=None)
+        return worth
 
     return policy
 
@@ -161,7 +163,7 @@ def oracle(requests: list[Request]) -> Policy:
             if end * _ID <= len(request.prompt):
                 uses.setdefault(_name(request.prompt[: end * _ID]), []).append(n)
 
-    def policy(tree: Tree, now: int, kept: Iterable[Entry]) -> Entry | None:
+    def policy(tree: Tree, now: int) -> Callable[[Entry], Worth]:
         def next_use(entry: Entry) -> int | None:
             times = uses.get(entry.name, [])
             at = bisect_right(times, now)
@@ -173,14 +175,14 @@ def oracle(requests: list[Request]) -> Policy:
             if when is not None:
                 needed[when] = max(needed.get(when, 0), entry.tokens)
 
-        def worth(entry: Entry) -> float:
+        def worth(entry: Entry) -> Worth:
             when = coming[entry]
             if when is None or needed[when] > entry.tokens:
-                return 0.0 if when is not None else -1.0
-            saved = entry.tokens - next((e.tokens for e in tree.ancestors(entry)), 0)
-            return saved / tree.exclusive_bytes(entry) / (when - now)
+                return Worth((0.0 if when is not None else -1.0,), 0)
+            value = tree.saved(entry) / (when - now)
+            return Worth((value / tree.exclusive_bytes(entry),), value)
 
-        return min(tree.entries.difference(kept), key=worth, default=None)
+        return worth
 
     return policy
 
@@ -193,7 +195,7 @@ def _name(ids: bytes) -> str:
 POLICIES: dict[str, Callable[[list[Request], float, int], Policy]] = {
     "lru": lambda requests, token_bytes, frontier_bytes: lru,
     "ds4 score": lambda requests, token_bytes, frontier: ds4_score(token_bytes, frontier),
-    "ours": lambda requests, token_bytes, frontier_bytes: Tree.victim,
+    "ours": lambda requests, token_bytes, frontier_bytes: expected,
     "oracle": lambda requests, token_bytes, frontier_bytes: oracle(requests),
 }
 

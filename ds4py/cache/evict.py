@@ -1,22 +1,75 @@
-"""Which snapshot of a full store is worth least: marginal value in the tree of prefixes.
+"""What a full store keeps: the snapshots that are expected to save most, in the tree of prefixes.
 
 A snapshot x saves the tokens between it and its nearest stored ancestor, to whoever comes back; it
-costs the bytes nobody else needs. Two facts of agents' traffic decide the order:
+costs the bytes nobody else needs. Three facts of agents' traffic decide:
 
 - The snapshot at the end of turn 5 is useless once that of turn 6 is stored, though it was used
   once and the fresh one never: x is *superseded* when a stored snapshot extends it and only one
-  continuation of it was ever seen. Superseded ones go first, dearest bytes first.
+  continuation of it was ever seen. Superseded ones go first, and hand on their history of uses.
 - A shared prompt has many continuations, is never superseded, and counts as used whenever one of
   its branches is: it outlives them.
+- A conversation comes back about as often as it did, until it is given up: `rate` tells from its
+  uses and from how long it has been silent.
 
-Among the rest the least (tokens saved) / (bytes * age) goes. Age counts uses of the store, not
+Among the rest the least (tokens saved) * rate / bytes goes. A new snapshot for which more would
+have to go than it is worth itself is not taken in: a store that holds three conversations and is
+asked for eight by turns would else never have the right one. Time counts uses of the store, not
 seconds: no clock can turn it round. `ds4 bench kv` replays a trace against other rules.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+FIRST_SPAN = 8
+"""Uses of the store in which a snapshot without history is expected to come back once."""
+GIVEN_UP = 0.2
+"""How likely a conversation ends with a use, before anything else is known."""
+
+
+class Known(Protocol):
+    """A snapshot's history."""
+
+    @property
+    def used(self) -> int:
+        """Number of the use of the store that last needed it or a branch of it."""
+        ...
+
+    @property
+    def born(self) -> int:
+        """Number of the use with which it, or what it goes on from, began."""
+        ...
+
+    @property
+    def uses(self) -> int:
+        """How often that was used since."""
+        ...
+
+    @property
+    def continuations(self) -> int:
+        """Distinct ones ever seen; 2 stands for many."""
+        ...
+
+
+def rate(known: Known, now: int) -> float:
+    """Expected uses per use of the store.
+
+    Uses come at random at a rate of their own for every conversation until one of them is the last
+    (the BG/NBD model: Fader, Hardie, Lee 2005): the rate so far, times the chance that a silence
+    this long is not the end. now: number of the current use.
+    """
+    span, age = FIRST_SPAN + known.used - known.born, FIRST_SPAN + now - known.born
+    silence = min((1 + known.uses) * math.log(age / span), 500)  # beyond it a float overflows
+    return (1 + known.uses) / age / (1 + GIVEN_UP * math.expm1(silence))
+
+
+def history(parent: Known | None, now: int) -> tuple[int, int]:
+    """`born` and `uses` of a new snapshot: those of what it goes on from, unless others do too."""
+    alone = parent is not None and parent.continuations < 2
+    return (parent.born, parent.uses) if parent is not None and alone else (now, 0)
 
 
 @dataclass(eq=False)
@@ -51,11 +104,24 @@ class Entry:
     own_bytes: int
     """Of its own file."""
     used: int
-    """Number of the use of the store that last needed it or a branch of it."""
+    born: int
+    uses: int = 0
     continuations: int = 0
-    """Distinct ones ever seen; 2 stands for many."""
     hits: int = 0
-    """Uses of itself."""
+    """Uses of itself, nothing beyond it."""
+
+
+class Worth(NamedTuple):
+    """Of an entry, under some rule."""
+
+    order: tuple[float, ...]
+    """The least goes first."""
+    value: float
+    """What is lost with it, to be compared with what is won."""
+
+
+Policy = Callable[["Tree", int], Callable[[Entry], Worth]]
+"""(tree, number of the current use) -> the worth of its entries as the tree then is."""
 
 
 class Tree:
@@ -118,19 +184,41 @@ class Tree:
             yield from sorted(found, key=lambda e: -e.tokens)
             ids = segment.ids
 
-    def victim(self, now: int, kept: Iterable[Entry] = ()) -> Entry | None:
-        """The one worth least, None when all are `kept`. now: number of the current use."""
+    def saved(self, entry: Entry) -> int:
+        """Tokens that are read anew without it."""
+        return entry.tokens - next((e.tokens for e in self.ancestors(entry)), 0)
 
-        def worth(entry: Entry) -> tuple[bool, float, int]:
-            saved = entry.tokens - next((e.tokens for e in self.ancestors(entry)), 0)
-            cost = self.exclusive_bytes(entry) * (1 + now - entry.used)
-            return not self.superseded(entry), saved / cost, entry.used
+    def room_for(
+        self, new: Entry, n_bytes: int, now: int, policy: Policy | None = None
+    ) -> list[Entry] | None:
+        """The entries to remove so that the tree, which holds `new`, takes `n_bytes` at most.
 
-        return min(self.entries.difference(kept), key=worth, default=None)
+        None: `new` is worth less than they are, or too large. Leaves the tree as it is.
+        policy: None is `expected`.
+        """
+        worth, victims, lost = (policy or expected)(self, now), [], 0.0
+        won = worth(new).value
+        while self.n_bytes > n_bytes and len(self.entries) > 1:
+            found = {entry: worth(entry) for entry in self.entries if entry is not new}
+            victim = min(found, key=lambda entry: (found[entry].order, entry.name))
+            lost += found[victim].value
+            self.remove(victim)
+            victims.append(victim)
+        fits = self.n_bytes <= n_bytes and lost <= won
+        for victim in victims:
+            self.add(victim)
+        return victims if fits else None
 
 
-Policy = Callable[[Tree, int, Iterable[Entry]], Entry | None]
-"""(tree, number of the current use, entries to keep) -> the entry to remove."""
+def expected(tree: Tree, now: int) -> Callable[[Entry], Worth]:
+    """The tokens that an entry is expected to save, superseded ones none."""
+
+    def worth(entry: Entry) -> Worth:
+        value = tree.saved(entry) * rate(entry, now)
+        left = not tree.superseded(entry)
+        return Worth((left, value / tree.exclusive_bytes(entry), entry.used), value * left)
+
+    return worth
 
 
 def _up(segment: Segment | None) -> Iterator[Segment]:

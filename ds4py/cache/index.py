@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ds4py.cache.evict import Entry, Segment, Tree
 
-SCHEMA = 1
+SCHEMA = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS segments(
     name TEXT PRIMARY KEY, parent TEXT, identity TEXT NOT NULL, ids BLOB NOT NULL,
@@ -25,9 +25,13 @@ CREATE TABLE IF NOT EXISTS snapshots(
     tokens INTEGER NOT NULL, ids_hash BLOB NOT NULL, text_bytes INTEGER NOT NULL,
     text_hash BLOB NOT NULL, has_logits INTEGER NOT NULL, bytes INTEGER NOT NULL,
     created REAL NOT NULL, used INTEGER NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
+    born INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0,
     next BLOB, branched INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS clock(uses INTEGER NOT NULL);
+INSERT INTO clock SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM clock);
 CREATE INDEX IF NOT EXISTS by_text ON snapshots(identity, text_bytes, text_hash);
 """
+_NAMES = ("segments", "snapshots", "clock")
 _NEXT_IDS = 16
 """Token ids after a snapshot that tell one continuation from another."""
 
@@ -53,12 +57,16 @@ class Found:
     created: float
     used: int = 0
     hits: int = 0
+    born: int = 0
+    uses: int = 0
+    continuations: int = 0
 
 
 _COLUMNS = (
     "name, parent, identity, tail, tokens, ids_hash, text_bytes, text_hash, has_logits, bytes, "
-    "created, used, hits"
+    "created, used, hits, born, uses"
 )
+_CONTINUATIONS = "(next IS NOT NULL) + branched"
 
 
 def digests(data: bytes, ends: Iterable[int]) -> dict[int, bytes]:
@@ -83,7 +91,7 @@ class Index:
             self.fresh = version != SCHEMA
             if self.fresh:
                 self._db.executescript(
-                    "DROP TABLE IF EXISTS segments; DROP TABLE IF EXISTS snapshots;"
+                    "".join(f"DROP TABLE IF EXISTS {name};" for name in _NAMES)
                     + _TABLES
                     + f"PRAGMA user_version = {SCHEMA};"
                 )
@@ -101,7 +109,8 @@ class Index:
         found: list[Found] = []
         for end, digest in digests(text, (row[0] for row in ends)).items():
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} {where} = ? AND text_hash = ?", (identity, end, digest)
+                f"SELECT {_COLUMNS}, {_CONTINUATIONS} {where} = ? AND text_hash = ?",
+                (identity, end, digest),
             )
             found += map(_found, rows)
         return sorted(found, key=lambda f: -f.tokens)
@@ -121,14 +130,15 @@ class Index:
     def use(self, found: Sequence[Found], ids: bytes, hit: bool) -> None:
         """Note that a sequence of these ids came by its stored prefixes, the longest first.
 
-        hit: it was restored from that one.
+        hit: it was restored from that one. Time goes on, also where nothing is found.
         """
         now = self.now() + 1
         with self._db:
+            self._db.execute("UPDATE clock SET uses = ?", (now,))
             for n, snapshot in enumerate(found):
                 following = ids[4 * snapshot.tokens :][: 4 * _NEXT_IDS] or None
                 self._db.execute(
-                    "UPDATE snapshots SET used = ?1, hits = hits + ?2, "
+                    "UPDATE snapshots SET used = ?1, hits = hits + ?2, uses = uses + 1, "
                     "branched = branched OR (?3 IS NOT NULL AND next IS NOT NULL AND next != ?3), "
                     "next = coalesce(next, ?3) WHERE name = ?4",
                     (now, int(hit and n == 0), following, snapshot.name),
@@ -136,19 +146,19 @@ class Index:
 
     def now(self) -> int:
         """The number of the latest use."""
-        row = self._db.execute("SELECT coalesce(max(used), 0) FROM snapshots").fetchone()
-        return int(row[0])
+        return int(self._db.execute("SELECT uses FROM clock").fetchone()[0])
 
     def add(self, segments: Iterable[SegmentRow], new: Found) -> None:
         """A snapshot and its new segments."""
         self.add_segments(segments)
         with self._db:
             self._db.execute(
-                f"INSERT OR REPLACE INTO snapshots({_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                f"INSERT OR REPLACE INTO snapshots({_COLUMNS}) "
+                "VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     *(new.name, new.parent, new.identity, new.tail, new.tokens, new.ids_hash),
                     *(new.text_bytes, new.text_hash, new.has_logits, new.n_bytes, new.created),
-                    *(self.now() + 1, new.hits),
+                    *(self.now(), new.hits, new.born, new.uses),
                 ),
             )
 
@@ -174,7 +184,8 @@ class Index:
 
     def all(self) -> list[Found]:
         """Every snapshot, the one used last first."""
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM snapshots ORDER BY used DESC")
+        query = f"SELECT {_COLUMNS}, {_CONTINUATIONS} FROM snapshots"
+        rows = self._db.execute(f"{query} ORDER BY used DESC, tokens DESC")
         return list(map(_found, rows))
 
     def n_bytes(self) -> int:
@@ -209,8 +220,8 @@ class Index:
 
         entries, broken = {}, []
         query = (
-            "SELECT name, parent, identity, tail, tokens, bytes, used, "
-            "(next IS NOT NULL) + branched, hits FROM snapshots"
+            "SELECT name, parent, identity, tail, tokens, bytes, used, born, uses, "
+            f"{_CONTINUATIONS}, hits FROM snapshots"
         )
         for name, parent, identity, *facts in self._db.execute(query).fetchall():
             below = root(identity) if parent is None else segment(parent)
@@ -222,7 +233,7 @@ class Index:
         for name in rows:
             segment(name)
         held = {name for name, found in segments.items() if found.holders}
-        return Forest(tree, entries, segments, set(rows) - held, broken)
+        return Forest(tree, roots, entries, segments, set(rows) - held, broken)
 
 
 @dataclass(frozen=True)
@@ -230,6 +241,8 @@ class Forest:
     """What an index holds, as eviction sees it."""
 
     tree: Tree
+    roots: dict[str, Segment]
+    """Of each model's tree, by its identity."""
     entries: dict[str, Entry]
     segments: dict[str, Segment]
     """Those with everything below them."""
@@ -237,6 +250,10 @@ class Forest:
     """Names of segments that no snapshot needs."""
     broken: list[str]
     """Names of snapshots that lack a segment."""
+
+    def root(self, identity: str) -> Segment:
+        """Where the snapshots of a model begin."""
+        return self.roots.setdefault(identity, Segment(identity, b"", 0, None))
 
 
 def _found(row: tuple[object, ...]) -> Found:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ds4py.cache import record
-from ds4py.cache.evict import Entry, Policy, Tree
+from ds4py.cache.evict import Entry, Policy, Segment, history
 from ds4py.cache.index import Found, Index, SegmentRow, digests
 from ds4py.cache.record import RecordError
 from ds4py.cache.snapshot import Image
@@ -40,6 +40,8 @@ one, which every snapshot holds itself, are little."""
 LOCK_SECONDS = 5.0
 """How long to wait for another process before giving up on a write."""
 _ID_BYTES = 4
+_HEADER = 1024
+"""Bytes allowed for what a file holds besides arrays."""
 _TROUBLES = (OSError, sqlite3.Error, RecordError, KeyError, ValueError, TypeError)
 _FOLDERS = {"segments": ".seg", "snapshots": ".snap"}
 
@@ -47,7 +49,7 @@ _FOLDERS = {"segments": ".seg", "snapshots": ".snap"}
 class Store:
     """An open store. Used by one thread; any number of processes may have one open."""
 
-    def __init__(self, directory: Path, n_bytes: int, policy: Policy = Tree.victim):
+    def __init__(self, directory: Path, n_bytes: int, policy: Policy | None = None):
         """See `open`."""
         self.directory, self.n_bytes, self._policy = directory, n_bytes, policy
         self.trouble: str | None = None
@@ -112,7 +114,8 @@ class Store:
     def save(self, identity: str, image: Image, text: bytes) -> bool:
         """Write a snapshot of an image whose rows begin at 0 or at a whole stored segment.
 
-        text: what its ids spell. Whether the snapshot is in the store now.
+        text: what its ids spell. Whether the snapshot is in the store now; it is not taken in when
+        those that would have to go are worth more.
         """
         with self._misses("making"):
             self._make()
@@ -124,12 +127,13 @@ class Store:
             n_stored = self._stored(chain)
             if n_stored * SEGMENT < image.start:
                 return False  # evicted meanwhile: the caller has the rows and may come again
-            need = _size(image, n_stored)
-            if not self._make_room(need, chain[:n_stored]):
-                return False
-            self._write(identity, image, text, chain, name, n_stored)
             ids = image.tokens.astype("<i4").tobytes()
             self._index.use(self._ancestors(identity, text, ids), ids, hit=False)
+            parent = next(iter(self._ancestors(identity, text, ids)), None)
+            past = history(parent, self._index.now())
+            if not self._make_room(identity, image, chain, n_stored, past):
+                return False
+            self._write(identity, image, text, chain, n_stored, past)
             return True
         return False
 
@@ -187,10 +191,17 @@ class Store:
         return {"snapshots": 0, "segments": 0, "bytes": 0, "budget": self.n_bytes}
 
     def _write(
-        self, identity: str, image: Image, text: bytes, chain: list[str], name: str, n_stored: int
+        self,
+        identity: str,
+        image: Image,
+        text: bytes,
+        chain: list[str],
+        n_stored: int,
+        past: tuple[int, int],
     ) -> None:
         """The files, segments first, then the snapshot, then the index. All or nothing."""
         rows: list[SegmentRow] = []
+        name = _name(identity, chain, image.tokens)
         snapshot = self._path("snapshots", name)
         try:
             for n in range(n_stored, len(chain)):
@@ -216,7 +227,7 @@ class Store:
                 arrays["logits"] = image.logits
             size = record.write(snapshot, header, arrays)
             record.flush_directory(self.directory / "snapshots")
-            self._index.add(rows, _found(header, arrays, size))
+            self._index.add(rows, _found(header, arrays, size, *past))
         except BaseException:  # the disk is full: leave no half of it
             written = [] if self._index.has("snapshots", name) else [snapshot]
             for path in written + [self._path("segments", row[0]) for row in rows if written]:
@@ -266,24 +277,31 @@ class Store:
             if _ID_BYTES * f.tokens < len(ids) and hashes[_ID_BYTES * f.tokens] == f.ids_hash
         ]
 
-    def _make_room(self, need: int, chain: list[str]) -> bool:
-        """Evict until `need` more bytes fit; whether they do. Keeps the stored segments `chain`."""
+    def _make_room(
+        self, identity: str, image: Image, chain: list[str], n_stored: int, past: tuple[int, int]
+    ) -> bool:
+        """Evict until a snapshot fits; whether it does, and is worth it. Keeps what is stored of
+        its segments."""
+        own, segment = _sizes(image, n_stored)
+        need = own + segment * (len(chain) - n_stored)
         if self._index.n_bytes() + need <= self.n_bytes:
             return True
         if need > self.n_bytes:
             self.trouble = f"a snapshot of {need} bytes does not fit {self.n_bytes} (--kv-space)"
             return False
-        forest = self._index.tree()
-        tree, names, loose = forest.tree, forest.broken, forest.loose
-        now, new = self._index.now() + 1, []
-        if chain:  # stands for the snapshot to be written, and holds what it needs
-            new = [Entry("", forest.segments[chain[-1]], b"", len(chain) * SEGMENT, 0, now)]
-            tree.add(new[0])
-        while tree.n_bytes + need > self.n_bytes and (victim := self._policy(tree, now, new)):
-            names.append(victim.name)
-            loose.update(s.name for s in tree.remove(victim))
-        self._delete(names, loose.difference(chain))
-        return self._index.n_bytes() + need <= self.n_bytes
+        forest, now = self._index.tree(), self._index.now()
+        below = forest.segments[chain[n_stored - 1]] if n_stored else forest.root(identity)
+        for n in range(n_stored, len(chain)):
+            part = image.tokens[n * SEGMENT : (n + 1) * SEGMENT].astype("<i4").tobytes()
+            below = Segment(chain[n], part, segment, below)
+        tail = image.tokens[len(chain) * SEGMENT :].astype("<i4").tobytes()
+        new = Entry("", below, tail, image.position, own, now, *past)
+        forest.tree.add(new)
+        victims = forest.tree.room_for(new, self.n_bytes, now, self._policy)
+        freed = {s.name for victim in victims or [] for s in forest.tree.remove(victim)}
+        gone = [*forest.broken, *(victim.name for victim in victims or [])]
+        self._delete(gone, (forest.loose | freed).difference(chain))
+        return victims is not None
 
     def _delete(self, snapshots: list[str], segments: set[str]) -> None:
         """Files first: a kill leaves rows without files, which the next look tells apart."""
@@ -359,7 +377,7 @@ class Store:
                 row = (name, header["parent"], header["identity"], ids, size)
                 index.add_segments([row])
             else:
-                index.add((), _found(header, arrays, size))
+                index.add((), _found(header, arrays, size, index.now()))
         except (RecordError, OSError, KeyError, TypeError, ValueError):
             return False
         return bool(name == path.stem)
@@ -451,17 +469,19 @@ def _rows(image: Image, start: int, end: int) -> record.Arrays:
     return rows
 
 
-def _size(image: Image, n_stored: int) -> int:
-    """About what a save will write: arrays, and a header per file."""
+def _sizes(image: Image, n_stored: int) -> tuple[int, int]:
+    """About what a save will write: for the snapshot itself, and for each new segment."""
     rows = sum(array.nbytes for array in image.rows.values())
-    share = (image.position - n_stored * SEGMENT) / max(image.position - image.start, 1)
+    token = rows / max(image.position - image.start, 1)
     fixed = sum(array.nbytes for array in image.frontier.values())
     fixed += image.logits.nbytes if image.logits is not None else 0
-    n_files = image.position // SEGMENT - n_stored + 1
-    return int(rows * share) + fixed + 2048 * n_files
+    tail = image.position % SEGMENT
+    return int(token * tail) + fixed + _HEADER, int(token * SEGMENT) + _HEADER
 
 
-def _found(header: dict[str, Any], arrays: record.Arrays, n_bytes: int) -> Found:
+def _found(
+    header: dict[str, Any], arrays: record.Arrays, n_bytes: int, born: int, uses: int = 0
+) -> Found:
     return Found(
         name=header["name"],
         parent=header["parent"],
@@ -474,4 +494,6 @@ def _found(header: dict[str, Any], arrays: record.Arrays, n_bytes: int) -> Found
         has_logits="logits" in arrays,
         n_bytes=n_bytes,
         created=float(header["created"]),
+        born=born,
+        uses=uses,
     )

@@ -137,14 +137,14 @@ def test_damaged_files_are_misses_and_can_be_written_again(store: Store) -> None
 
 
 def test_the_budget_holds_and_shared_prefixes_outlive_branches(tmp_path: Path) -> None:
-    store = Store.open(tmp_path, 35_000)
+    store = Store.open(tmp_path, 60_000)
     preamble = images.ids(0, 600)
     save(store, preamble)
     for n in range(1, 16):
         tokens = images.ids(n, 900, shared=600)
         store.use(MODEL, images.text(tokens), tokens.tolist())
         assert save(store, tokens)
-        assert size(store) <= 35_000
+        assert size(store) <= 60_000
         assert longest(store, tokens) == 900
         assert longest(store, images.ids(999, 900, shared=600)) == 600
     assert 1 < store.stats()["snapshots"] < 15
@@ -200,3 +200,15 @@ def test_a_place_that_is_no_directory(tmp_path: Path) -> None:
 
 def test_segments_are_whole_rows_of_the_released_ratios() -> None:
     assert SEGMENT % 128 == 0 == SEGMENT % 4
+
+
+def test_a_habit_stays_until_it_is_given_up(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, 30_000)
+    talk = images.ids(0, 2000)
+    for end in range(400, 800, 50):
+        assert save(store, talk[:end])
+    assert not save(store, images.ids(1, 900))
+    assert longest(store, talk) == 750
+    tries = next(n for n in range(2, 40) if save(store, images.ids(n, 900)))
+    assert tries > 3 and longest(store, images.ids(tries, 900)) == 900
+    store.close()

@@ -21,7 +21,7 @@ def shares(
     }
 
 
-@pytest.mark.parametrize("budget", [60_000, 120_000])
+@pytest.mark.parametrize("budget", [30_000, 60_000, 120_000])
 def test_less_is_read_anew(budget: int) -> None:
     found = shares(("lru", "ds4 score", "ours"), budget, FLASH, trace.make_trace(150, seed=5))
     assert 0 < found["ours"] < min(found["lru"], found["ds4 score"]), found
@@ -47,13 +47,11 @@ def test_room_for_everything_reads_only_what_is_new() -> None:
 @pytest.mark.parametrize("model", [FLASH, TINY], ids=["flash", "tiny"])
 @pytest.mark.parametrize("branches", [4, 8, 16])
 def test_at_every_budget_and_on_other_days(model: tuple[float, int], branches: int) -> None:
-    """From the second budget on never more than LRU and less than ds4's score. At the tightest one,
-    which holds two or three conversations, ds4's score is better on six of these twelve days, by
-    0.018 at most, and LRU on one of them, by 0.001."""
+    """Less than LRU and than ds4's score at every budget, unless nothing has to go at all."""
     for seed in (11, 12):
         requests = trace.make_trace(250, seed, branches)
-        for budget in kv.BUDGETS:
+        new = shares(("lru",), 10_000_000, model, requests)["lru"]
+        for budget in (20_000, *kv.BUDGETS):
             found = shares(("lru", "ds4 score", "ours"), budget, model, requests)
-            tight = budget == min(kv.BUDGETS)
-            assert found["ours"] <= found["lru"] + 0.002 * tight, (seed, budget, found)
-            assert found["ours"] < found["ds4 score"] + 0.02 * tight, (seed, budget, found)
+            least = min(found["lru"], found["ds4 score"])
+            assert found["ours"] < least or found["ours"] == least == new, (seed, budget, found)
