@@ -33,7 +33,15 @@ from ds4py.server.generation import Turn
 from ds4py.server.kept import Kept
 from ds4py.server.openai_chat import ChatBody, ChatExchange
 from ds4py.server.openai_completions import CompletionBody, CompletionExchange
-from ds4py.server.openai_responses import ResponsesBody, ResponsesExchange
+from ds4py.server.openai_responses import (
+    InputTokensBody,
+    ResponsesBody,
+    ResponsesExchange,
+    conversation,
+    history,
+    input_items,
+    known,
+)
 from ds4py.server.prompt import PromptWriter
 from ds4py.server.replay import Replays
 from ds4py.server.respond import Bridge, Exchange, Inbox, Pace, Stream, Whole, to_json
@@ -89,7 +97,7 @@ class Service:
         self.worker = worker
         self.rules = rules
         self.created = int(time.time())
-        self.kept = Kept()
+        self.kept = Kept(rules.state)
         self.replays = Replays(rules.state)
         self.trace = None if rules.trace is None else Trace(rules.trace)
         self._writer: PromptWriter | None = None
@@ -147,6 +155,7 @@ class Service:
     def close(self) -> None:
         """No request will come any more."""
         self.replays.close()
+        self.kept.close()
         if self.trace is not None:
             self.trace.close()
 
@@ -193,6 +202,40 @@ def answering(
         return await service.answer(request, lambda: make(body, writer, service))
 
     return endpoint
+
+
+async def stored(request: HttpRequest) -> Response:
+    """Tells or deletes a response."""
+    kept: Kept = request.app.state.service.kept
+    name = request.path_params["id"]
+    if request.method == "DELETE":
+        if not await asyncio.to_thread(kept.delete, name):
+            known(None, name)
+        return reply({"id": name, "object": "response", "deleted": True})
+    if request.query_params.get("stream", "false").lower() == "true":
+        raise ApiError("is true; a response that is stored is told whole", param="stream")
+    return reply(known(await asyncio.to_thread(kept.response, name), name))
+
+
+async def stored_items(request: HttpRequest) -> Response:
+    kept: Kept = request.app.state.service.kept
+    name = request.path_params["id"]
+    items = known(await asyncio.to_thread(kept.inputs, name), name)
+    return reply(input_items(name, items, request.query_params))
+
+
+async def input_tokens(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    body = await read_body(request, InputTokensBody)
+    writer, kept = service.writer, service.kept
+    service.check_model(body.model)
+
+    def count() -> int:
+        asked = conversation(body, history(body, kept), service.rules.thinking, kept)
+        return len(writer.tokens(asked))
+
+    n_tokens = await asyncio.to_thread(count)
+    return reply({"object": "response.input_tokens", "input_tokens": n_tokens})
 
 
 async def count_tokens(request: HttpRequest) -> Response:
@@ -314,7 +357,10 @@ def error_reply(scope: Scope, error: ApiError) -> Response:
 
 async def told(request: HttpRequest, failure: Exception) -> Response:
     """What a client is told about any exception."""
-    return error_reply(request.scope, as_api_error(failure))
+    error = as_api_error(failure)
+    if error.status in (404, 405) and (why := describe.absent(request.url.path)) is not None:
+        error = ApiError(why, 404)
+    return error_reply(request.scope, error)
 
 
 class Guard:
@@ -394,6 +440,9 @@ ANSWERS: dict[str, Endpoint] = {
     "/v1/messages": answering(
         MessagesBody, lambda body, writer, service: MessagesExchange(body, writer)
     ),
+    "/v1/responses/input_tokens": input_tokens,
+    "/v1/responses/{id}": stored,
+    "/v1/responses/{id}/input_items": stored_items,
     "/v1/messages/count_tokens": count_tokens,
     "/v1/models": models,
     "/v1/models/{name}": one_model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from ds4py.server.anthropic import CountBody, MessagesBody
 from ds4py.server.body import Body
 from ds4py.server.openai_chat import ChatBody
 from ds4py.server.openai_completions import CompletionBody
-from ds4py.server.openai_responses import ResponsesBody
+from ds4py.server.openai_responses import InputTokensBody, ResponsesBody
 from ds4py.server.tokens import DetokenizeBody, TokenizeBody
 
 _OPENAI_ERROR = {
@@ -75,6 +76,10 @@ ENDPOINTS = (
     Endpoint("post", "/v1/chat/completions", "OpenAI's chat completions.", ChatBody, True),
     Endpoint("post", "/v1/completions", "OpenAI's completions.", CompletionBody, True),
     Endpoint("post", "/v1/responses", "OpenAI's responses.", ResponsesBody, True),
+    Endpoint("post", "/v1/responses/input_tokens", "Tokens of a prompt.", InputTokensBody),
+    Endpoint("get", "/v1/responses/{id}", "A response that was stored."),
+    Endpoint("delete", "/v1/responses/{id}", "Forgets it."),
+    Endpoint("get", "/v1/responses/{id}/input_items", "The items that led to it."),
     Endpoint("post", "/v1/messages", "Anthropic's messages.", MessagesBody, True),
     Endpoint("post", "/v1/messages/count_tokens", "Tokens of a prompt.", CountBody),
     Endpoint("get", "/v1/models", "The model, with its context."),
@@ -88,6 +93,37 @@ ENDPOINTS = (
     Endpoint("get", "/openapi.json", "This document."),
     Endpoint("get", "/", "A chat page.", media="text/html"),
 )
+
+
+ABSENT = {
+    "/v1/responses/compact": "conversations are not compacted here; have the model summarise",
+    "/v1/responses/{id}/cancel": "answers end when their client closes the connection",
+    "/v1/conversations": "conversations are not kept here; send previous_response_id",
+    "/v1/messages/batches": "there are no batches here; send the messages one by one",
+    "/v1/batches": "there are no batches here; send the requests one by one",
+    "/v1/files": "files are not kept here; send their text",
+    "/v1/embeddings": "this model makes no embeddings",
+    "/v1/moderations": "there is no moderation model here",
+    "/v1/images": "this model reads and writes text only",
+    "/v1/audio": "this model reads and writes text only",
+    "/v1/assistants": "send the conversation to /v1/responses or /v1/chat/completions",
+    "/v1/v1": "the client adds /v1 by itself; leave it out of its base URL",
+    "/api": "this is not Ollama; choose an OpenAI-compatible API, with a base URL ending in /v1",
+    "/chat": "end the client's base URL in /v1",
+    "/completions": "end the client's base URL in /v1",
+    "/responses": "end the client's base URL in /v1",
+    "/messages": "the path is /v1/messages",
+    "/models": "end the client's base URL in /v1",
+}
+"""Where clients ask for what there is not -> what to do."""
+
+
+def absent(path: str) -> str | None:
+    """What to say of a path that leads nowhere; None: nothing is known of it."""
+    for start, why in ABSENT.items():
+        if re.match(re.sub(r"{\w+}", "[^/]+", start) + r"(/|$)", path):
+            return why
+    return None
 
 
 def openapi() -> dict[str, Any]:
@@ -143,9 +179,9 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         operation["requestBody"] = body
-    if "{name}" in endpoint.path:
-        name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-        operation["parameters"] = [name]
+    if in_path := re.findall(r"{(\w+)}", endpoint.path):
+        text = {"in": "path", "required": True, "schema": {"type": "string"}}
+        operation["parameters"] = [{"name": name, **text} for name in in_path]
     return operation
 
 
@@ -153,6 +189,8 @@ def tables() -> str:
     """Endpoints and fields in Markdown."""
     lines = ["| | path | |", "|---|---|---|"]
     lines += [f"| {e.method.upper()} | `{e.path}` | {e.summary} |" for e in ENDPOINTS]
+    lines += ["", "What there is not is refused with 404, and:", "", "| path | |", "|---|---|"]
+    lines += [f"| `{start}` | {why} |" for start, why in ABSENT.items()]
     for endpoint in ENDPOINTS:
         if endpoint.body is not None:
             lines += ["", *_fields(endpoint, endpoint.body)]

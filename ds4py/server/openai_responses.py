@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
@@ -23,6 +24,7 @@ from ds4py.server.request import Chance, Event, Finished, Request, Usage
 from ds4py.server.respond import Answer, frame
 from ds4py.text.events import Content, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 
+Found = TypeVar("Found")
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -47,12 +49,25 @@ class TextOptions(Part):
     format: TextFormat = Field(default_factory=lambda: TextFormat.model_validate({}))
 
 
-class ResponsesBody(ModelBody):
-    """What is honoured. Null stands for the default."""
+class InputTokensBody(ModelBody):
+    """What makes up a prompt."""
 
     input: str | list[Any] = ""
     instructions: str | None = None
     previous_response_id: str | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions = TextOptions()
+
+    HARMLESS: ClassVar = frozenset("personality truncation".split())
+    REFUSED: ClassVar = {"conversation": "send the full input, or previous_response_id"}
+
+
+class ResponsesBody(InputTokensBody):
+    """What is honoured. Null stands for the default."""
+
     store: bool = True
     stream: bool = False
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -63,11 +78,6 @@ class ResponsesBody(ModelBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[str] = Field(default_factory=list)
     """Only LOGPROBS adds something; reasoning is there anyway."""
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool = True
-    reasoning: ReasoningOptions | None = None
-    text: TextOptions = TextOptions()
     metadata: dict[str, Any] | None = None
 
     HARMLESS: ClassVar = frozenset(
@@ -75,10 +85,9 @@ class ResponsesBody(ModelBody):
         "safety_identifier client_metadata truncation max_tool_calls stream_options "
         "context_management access_programs background_options image".split()
     )
-    REFUSED: ClassVar = {
+    REFUSED: ClassVar = InputTokensBody.REFUSED | {
         "background": "answers are given while the client waits",
         "moderation": "there is no moderation model here",
-        "conversation": "send the full input, or previous_response_id",
         "prompt": "templates are not kept here; send the full input",
     }
 
@@ -93,8 +102,8 @@ class ResponsesExchange:
         self._model = body.model or writer.model
         self._id = f"resp_{secrets.token_hex(16)}"
         self._created = int(time.time())
-        self._items = _history(body, kept)
-        asked = _conversation(body, self._items, thinks, kept)
+        self._items = history(body, kept)
+        asked = conversation(body, self._items, thinks, kept)
         self._thinks, self._effort = asked.thinking, asked.effort
         self.requests: list[Request] = [
             writer.request(asked, _sampling(body), (), parts.new_call_id)
@@ -164,11 +173,14 @@ class ResponsesExchange:
 
     def _ended(self, complete: bool) -> dict[str, Any]:
         """The response at its end; kept for requests that refer to it."""
-        if self._body.store:
-            self._kept.put(self._id, self._items, self._output)
         if complete:
-            return self._response("completed")
-        return self._response("incomplete", incomplete_details={"reason": "max_output_tokens"})
+            ended = self._response("completed")
+        else:
+            cut = {"reason": "max_output_tokens"}
+            ended = self._response("incomplete", incomplete_details=cut)
+        if self._body.store:
+            self._kept.put(ended, self._items)
+        return ended
 
     def _finish(self, finished: Finished) -> str:
         complete = finished.reason != "length"
@@ -313,6 +325,44 @@ class ResponsesExchange:
         }
 
 
+def known(found: Found | None, response_id: str) -> Found:
+    """What was found of a response. Raises ApiError 404 where there is nothing."""
+    if found is None:
+        raise ApiError(f"the response {response_id!r} is not known here", 404, param="response_id")
+    return found
+
+
+def input_items(response_id: str, items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
+    """A page of the items that led to a response, the last one first. Raises ApiError."""
+    named = [
+        {"id": f"item_{response_id.removeprefix('resp_')}_{place}", "type": "message", **item}
+        for place, item in enumerate(items)
+    ]
+    for item in named:
+        if isinstance(item.get("content"), str):
+            item["content"] = [{"type": "input_text", "text": item["content"]}]
+    order, limit = query.get("order", "desc"), query.get("limit", "20")
+    if order not in ("asc", "desc"):
+        raise ApiError(f"is {order[:40]!r}; need asc or desc", param="order")
+    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= 100:
+        raise ApiError(f"is {limit[:40]!r}; need 1 to 100", param="limit")
+    if order == "desc":
+        named.reverse()
+    ids = [item["id"] for item in named]
+    after = query.get("after")
+    if after is not None and after not in ids:
+        raise ApiError(f"the item {after[:80]!r} is not one of them", param="after")
+    start = 0 if after is None else ids.index(after) + 1
+    page = named[start : start + int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + len(page) < len(named),
+    }
+
+
 def usage(used: Usage) -> dict[str, Any]:
     """Tokens, with every key that the API requires."""
     return {
@@ -324,7 +374,7 @@ def usage(used: Usage) -> dict[str, Any]:
     }
 
 
-def _history(body: ResponsesBody, kept: Kept) -> list[Any]:
+def history(body: InputTokensBody, kept: Kept) -> list[Any]:
     """The items of the whole conversation. Raises ApiError for one that is not known."""
     given: list[Any] = (
         [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
@@ -341,7 +391,8 @@ def _history(body: ResponsesBody, kept: Kept) -> list[Any]:
     return before + given
 
 
-def _conversation(body: ResponsesBody, items: list[Any], thinks: bool, kept: Kept) -> Conversation:
+def conversation(body: InputTokensBody, items: list[Any], thinks: bool, kept: Kept) -> Conversation:
+    """What the items ask for. Raises ApiError."""
     messages = translated(items, kept)
     check_results(messages, "input")
     if not messages:

@@ -85,12 +85,12 @@ class Replays:
 
     def _open(self) -> sqlite3.Connection | None:
         if self._database is None and self._path is not None and not self._failed:
+            self._path.touch(0o600)  # before SQLite makes it readable by all
             database = sqlite3.connect(self._path, timeout=2, check_same_thread=False)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")
             database.execute("PRAGMA foreign_keys = ON")
             database.executescript(_SCHEMA)
-            self._path.chmod(0o600)
             self._database = database
         return self._database
 

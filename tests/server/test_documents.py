@@ -16,14 +16,16 @@ from ds4py.server.anthropic import CountBody, MessagesBody
 from ds4py.server.body import Body
 from ds4py.server.openai_chat import ChatBody
 from ds4py.server.openai_completions import CompletionBody
-from ds4py.server.openai_responses import ResponsesBody
+from ds4py.server.openai_responses import InputTokensBody, ResponsesBody
 
 README = Path(app.__file__).with_name("README.md").read_text(encoding="utf-8")
-MODELS: list[type[Body]] = [ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody]
+MODELS: list[type[Body]] = [ChatBody, CompletionBody, ResponsesBody, InputTokensBody]
+MODELS += [MessagesBody, CountBody]
 SMALLEST: Any = {
     ChatBody: ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
     CompletionBody: ("/v1/completions", {"prompt": "hi"}),
     ResponsesBody: ("/v1/responses", {"input": "hi"}),
+    InputTokensBody: ("/v1/responses/input_tokens", {"input": "hi"}),
     MessagesBody: ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}]}),
     CountBody: ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
 }
@@ -39,6 +41,7 @@ METHODS: dict[type[Body], list[Any]] = {
     ],
     CompletionBody: [OPENAI.completions.create],
     ResponsesBody: [OPENAI.responses.create, OPENAI.responses.stream],
+    InputTokensBody: [OPENAI.responses.input_tokens.count],
     MessagesBody: [
         ANTHROPIC.messages.create,
         ANTHROPIC.messages.stream,
@@ -75,7 +78,7 @@ def test_every_parameter_of_the_clients_is_in_a_set(model: type[Body]) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_sets_are_what_happens(served: Any, model: type[Body]) -> None:
     path, body = SMALLEST[model]
-    limit = {MessagesBody: "max_tokens", ResponsesBody: "max_output_tokens", CountBody: None}
+    limit = {ResponsesBody: "max_output_tokens", InputTokensBody: None, CountBody: None}
     name = limit.get(model, "max_tokens")
     body = {**body, **({name: 1} if name else {})}
     with served.http() as http:
@@ -94,12 +97,22 @@ def test_the_openapi_document(served: Any) -> None:
         document = http.get("/openapi.json").json()
         for path, operations in document["paths"].items():
             for method in operations:
-                wrong = "PUT" if method == "post" else "DELETE"
-                response = http.request(wrong, path.replace("{name}", "tiny"))
+                assert method != "put"
+                response = http.put(path.replace("{name}", "tiny").replace("{id}", "resp_1"))
                 assert response.status_code == 405
     text = json.dumps(document)
     references = set(re.findall(r'"#/components/schemas/(\w+)"', text))
     assert references <= set(document["components"]["schemas"])
+
+
+def test_what_there_is_not(served: Any) -> None:
+    with served.http() as http:
+        for start, why in describe.ABSENT.items():
+            for path in (start.replace("{id}", "resp_1"), f"{start.replace('{id}', 'x')}/more"):
+                response = http.post(path, json={})
+                assert response.status_code == 404 and why in response.text, path
+        for path in ("/apis", "/v1/embedding"):
+            assert "nothing at this path" in http.post(path, json={}).text
 
 
 def test_the_snippets_can_be_read() -> None:

@@ -27,10 +27,10 @@ REQUESTS = {
     for number, recorded in enumerate(json.loads(path.read_text(encoding="utf-8")))
 }
 REFUSED = {
-    "py-openai-8": (404, "nothing at this path"),  # embeddings
-    "openresponses-3": (404, "nothing at this path"),  # compact
-    "openresponses-8": (404, "nothing at this path"),  # compact
-    "openresponses-9": (404, "nothing at this path"),  # compact
+    "py-openai-8": (404, "no embeddings"),
+    "openresponses-3": (404, "not compacted here"),
+    "openresponses-8": (404, "not compacted here"),
+    "openresponses-9": (404, "not compacted here"),
     "openresponses-6": (400, "no vision"),
     "node-aisdk-11": (400, "is not known here"),  # an item of another server
     "node-aisdk-13": (400, "is not known here"),
