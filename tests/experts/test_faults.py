@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,41 @@ def test_a_slow_disk_is_waited_for(bundle: Path, expected: Any) -> None:
     thread.start()
     np.testing.assert_array_equal(engine.score(IDS, CHUNKS), expected)
     thread.join()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("readers", [1, 4])
+def test_a_disk_that_stands_still_for_two_seconds(
+    bundle: Path, expected: Any, readers: int
+) -> None:
+    """Whatever is read meanwhile takes until it goes on. The layer waits, the wait is counted, and
+    nothing else changes."""
+    for after in (0, 75):  # in the prefill and in decoding
+        engine = streamed(bundle, readers=readers)
+        engine.experts.reader.read_into = disk = Standstill(after)  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(engine.score(IDS, CHUNKS), expected)
+        assert disk.held > 0
+        assert engine.experts.sections[0].stall_s >= 1.5  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(engine.score(IDS, CHUNKS), expected)
+    longest = max(engine.experts.stalls)  # type: ignore[attr-defined]
+    assert longest >= 1.5 and engine.stats()["experts"]["stall_ms_p50"] < 1500
+
+
+class Standstill:
+    """`os.preadv` on a disk that does nothing for two seconds, once it was read from often enough:
+    the time passes in the threads that read."""
+
+    def __init__(self, after: int):
+        self.left, self.held, self._end = after, 0, 0.0
+
+    def __call__(self, descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+        self.left -= 1
+        if self.left == -1:
+            self._end = monotonic() + 2.0
+        if (rest := self._end - monotonic()) > 0:
+            self.held += 1
+            sleep(rest)
+        return os.preadv(descriptor, buffers, offset)
 
 
 def test_interrupts(bundle: Path, expected: Any) -> None:
