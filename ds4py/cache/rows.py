@@ -139,7 +139,9 @@ class RowFormat:
 
     def unpack(self, stored: Array) -> Array:
         """Stored rows [..., width] -> [..., channels] in `dtype`, as the model reads them."""
-        return unpack(self.ops, self.layout, stored).astype(self.dtype) if self.native else stored
+        if not self.native:
+            return stored
+        return self.ops.cast(unpack(self.ops, self.layout, stored), self.dtype)
 
 
 @dataclass(frozen=True)

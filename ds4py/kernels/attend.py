@@ -28,10 +28,10 @@ def attend(ops: Ops, q: Array, blocks: list[Block], sink: Array) -> Array:
 
     Every query must see at least one row. Scale is hd^-0.5 with hd the whole head.
     """
-    scaled = (q.astype(ops.wide) * q.shape[-1] ** -0.5)[:, None]
+    scaled = (ops.cast(q, ops.wide) * q.shape[-1] ** -0.5)[:, None]
     logits = []
     for rows, valid in blocks:
-        s = scaled @ rows.astype(ops.wide).swapaxes(-1, -2)  # [S, n, heads, R]
+        s = scaled @ ops.cast(rows, ops.wide).swapaxes(-1, -2)  # [S, n, heads, R]
         logits.append(ops.where(valid[:, :, None], s, -float("inf")))
     top = sink[None]  # [S, heads]; the sink is one more key, so it may hold the maximum
     for s in logits:
@@ -39,9 +39,9 @@ def attend(ops: Ops, q: Array, blocks: list[Block], sink: Array) -> Array:
     total, out = ops.exp(sink[None] - top), ops.zeros(q.shape, ops.wide)
     for (rows, _), s in zip(blocks, logits, strict=True):
         p = ops.exp(s - top[:, None, :, None])
-        total = total + p.sum(3).sum(1)
-        out = out + (p @ rows.astype(ops.wide)).sum(1)
-    return (out / total[..., None]).astype(q.dtype)
+        total = total + ops.sum(ops.sum(p, 3), 1)
+        out = out + ops.sum(p @ ops.cast(rows, ops.wide), 1)
+    return ops.cast(out / total[..., None], q.dtype)
 
 
 FEW_ROWS = 320

@@ -26,7 +26,7 @@ def pool(ops: Ops, u: Array, z: Array, ratio: int, overlap: int) -> Array:
         u = ops.concatenate([u[:-1, :, :d], u[1:, :, d:]], axis=1)
         z = ops.concatenate([z[:-1, :, :d], z[1:, :, d:]], axis=1)
     weight = ops.exp(z - z.max(1, keepdims=True))
-    return (weight * u).sum(1) / weight.sum(1)
+    return ops.sum(weight * u, 1) / ops.sum(weight, 1)
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,19 @@ def sinkhorn(ops: Ops, logits: Array, iters: int, eps: float) -> Array:
     """[S, H, H] -> nearly doubly stochastic: softmax rows, then `iters` column steps with
     `iters` - 1 row steps between them. The last step is a column step."""
     c = ops.exp(logits - logits.max(-1, keepdims=True))
-    c = c / c.sum(-1, keepdims=True) + eps
-    c = c / (c.sum(-2, keepdims=True) + eps)
+    c = c / ops.sum(c, -1, keepdims=True) + eps
+    c /= ops.sum(c, -2, keepdims=True) + eps
     for _ in range(iters - 1):
-        c = c / (c.sum(-1, keepdims=True) + eps)
-        c = c / (c.sum(-2, keepdims=True) + eps)
+        c /= ops.sum(c, -1, keepdims=True) + eps
+        c /= ops.sum(c, -2, keepdims=True) + eps
     return c
 
 
 def expand(ops: Ops, y: Array, streams: Array, post: Array, comb: Array) -> Array:
     """out[k] = post[k] * y + sum_j comb[j, k] * streams[j]: y [S, D] -> [S, H, D]."""
-    carried = comb.swapaxes(1, 2) @ streams.astype(ops.wide)
-    return (post[..., None] * y.astype(ops.wide)[:, None] + carried).astype(streams.dtype)
+    carried = comb.swapaxes(1, 2) @ ops.cast(streams, ops.wide)
+    made = post[..., None] * ops.cast(y, ops.wide)[:, None] + carried
+    return ops.cast(made, streams.dtype)
 
 
 def collapse_head(ops: Ops, streams: Array, w: HyperWeights) -> Array:
@@ -63,15 +64,15 @@ def collapse_head(ops: Ops, streams: Array, w: HyperWeights) -> Array:
 
 def _project(ops: Ops, streams: Array, w: HyperWeights) -> Array:
     """Flattened streams through fn, over their root mean square, scaled and based: [S, rows]."""
-    flat = streams.reshape(streams.shape[0], -1).astype(ops.wide)
-    rms = ops.sqrt((flat * flat).mean(-1, keepdims=True) + w.norm_eps)
+    flat = ops.cast(streams.reshape(streams.shape[0], -1), ops.wide)
+    rms = ops.sqrt(ops.sum(flat * flat, -1, keepdims=True) / flat.shape[1] + w.norm_eps)
     return ops.project(flat, w.fn)[0] / rms * w.scale + w.base
 
 
 def _collapse(ops: Ops, streams: Array, pre: Array) -> Array:
     """sum_h pre[h] * streams[h]: [S, D] in the streams' dtype."""
-    x = streams.astype(ops.wide)
-    return (pre[:, None] @ x)[:, 0].astype(streams.dtype)
+    x = ops.cast(streams, ops.wide)
+    return ops.cast((pre[:, None] @ x)[:, 0], streams.dtype)
 
 
 def pre(

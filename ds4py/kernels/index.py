@@ -17,10 +17,10 @@ def scores(ops: Ops, q: Array, weights: Array, rows: Array) -> Array:
 
     -> float32 [S, n*TILE]. Weights may be negative.
     """
-    tiles = rows.astype(ops.wide).reshape(-1, TILE, rows.shape[-1]).swapaxes(1, 2)
-    s = q.astype(ops.wide)[:, None] @ tiles[None]  # [S, n, Hi, TILE]
+    tiles = ops.cast(rows, ops.wide).reshape(-1, TILE, rows.shape[-1]).swapaxes(1, 2)
+    s = ops.cast(q, ops.wide)[:, None] @ tiles[None]  # [S, n, Hi, TILE]
     s = ops.maximum(s, 0) * weights[:, None, :, None]
-    return s.sum(2).reshape(q.shape[0], -1)
+    return ops.sum(s, 2).reshape(q.shape[0], -1)
 
 
 def select(ops: Ops, score: Array, visible: Array, n_selected: int) -> tuple[Array, Array]:

@@ -27,8 +27,8 @@ Observer = Callable[[Array, Array, Array], None]
 
 def swiglu(ops: Ops, gate: Array, up: Array, limit: float) -> Array:
     """silu(min(gate, limit)) * clip(up, +-limit), in float32."""
-    gate = ops.minimum(gate.astype(ops.wide), limit)
-    up = ops.minimum(ops.maximum(up.astype(ops.wide), -limit), limit)
+    gate = ops.minimum(ops.cast(gate, ops.wide), limit)
+    up = ops.minimum(ops.maximum(ops.cast(up, ops.wide), -limit), limit)
     return gate * ops.sigmoid(gate) * up
 
 
@@ -76,13 +76,13 @@ def through(
     h = swiglu(ops, gate_up[:, :n_inner], gate_up[:, n_inner:], limit) * pairs.weights[:, None]
     if observe is not None:
         observe(pairs.experts, x_of, h)
-    return ops.experts(h.astype(x.dtype), pairs.slots, w2).astype(ops.wide)
+    return ops.cast(ops.experts(ops.cast(h, x.dtype), pairs.slots, w2), ops.wide)
 
 
 def combine(ops: Ops, y: Array, pairs: Pairs) -> Array:
     """The sorted pairs' results [S*k, D] -> each token's sum in ascending expert id [S, D]."""
     y = y[ops.argsort(pairs.order, axis=0)]
-    return y.reshape(-1, pairs.n_chosen, y.shape[1]).sum(1)
+    return ops.sum(y.reshape(-1, pairs.n_chosen, y.shape[1]), 1)
 
 
 def routed(

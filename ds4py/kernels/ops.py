@@ -98,6 +98,10 @@ class Ops(Protocol):
         ...
 
     def to_mlx(self, x: Array) -> mx.array: ...
+    def cast(self, x: Array, dtype: Dtype) -> Array:
+        """x in that type; x itself where it has it."""
+        ...
+
     def zeros(self, shape: tuple[int, ...], dtype: Dtype) -> Array: ...
     def arange(self, n: int) -> Array: ...
     def exp(self, x: Array) -> Array: ...
@@ -113,6 +117,7 @@ class Ops(Protocol):
     def stack(self, parts: Sequence[Array], axis: int = 0) -> Array: ...
     def broadcast_to(self, x: Array, shape: tuple[int, ...]) -> Array: ...
     def sort(self, x: Array, axis: int) -> Array: ...
+    def sum(self, x: Array, axis: int, keepdims: bool = False) -> Array: ...
 
     def argsort(self, x: Array, axis: int) -> Array:
         """Stable: equal values keep their order."""
@@ -195,6 +200,7 @@ class MlxOps:
     stack = staticmethod(mx.stack)
     broadcast_to = staticmethod(mx.broadcast_to)
     sort = staticmethod(mx.sort)
+    sum = staticmethod(mx.sum)
     argsort = staticmethod(mx.argsort)
     take_along_axis = staticmethod(mx.take_along_axis)
 
@@ -203,6 +209,9 @@ class MlxOps:
 
     def to_mlx(self, x: mx.array) -> mx.array:
         return x
+
+    def cast(self, x: mx.array, dtype: Dtype) -> mx.array:
+        return x.astype(dtype)
 
     def softplus(self, x: mx.array) -> mx.array:
         return mx.logaddexp(x, mx.array(0.0))

@@ -89,6 +89,6 @@ def unfold(ops: Ops, table: Array, width: int) -> Rotation:
 def rotate(ops: Ops, x: Array, r: Rotation, inverse: bool = False) -> Array:
     """Rotate x [S, width] or [S, heads, width]; computed in float32, returned in x.dtype."""
     cos, sin = (r.cos, r.sin) if x.ndim == 2 else (r.cos[:, None], r.sin[:, None])
-    x32 = x.astype(ops.wide)
+    x32 = ops.cast(x, ops.wide)
     turned = x32[..., r.swap] * sin
-    return (x32 * cos - turned if inverse else x32 * cos + turned).astype(x.dtype)
+    return ops.cast(x32 * cos - turned if inverse else x32 * cos + turned, x.dtype)

@@ -35,7 +35,7 @@ def _nearest(ops: Ops, x: Array, lowest_exponent: int, n_mantissa: int) -> Array
 
 def _blocks(ops: Ops, x: Array, block: int, lowest: float, most: float) -> tuple[Array, Array]:
     """x [..., D] as [..., D/block, block] over its power-of-two scales, clipped, and the scales."""
-    blocks = x.astype(ops.wide).reshape(*x.shape[:-1], -1, block)
+    blocks = ops.cast(x, ops.wide).reshape(*x.shape[:-1], -1, block)
     amax = ops.maximum(ops.abs(blocks).max(-1, keepdims=True), lowest)
     scale = _power_of_two_at_least(ops, amax / most)
     return ops.minimum(ops.maximum(blocks / scale, -most), most), scale
@@ -55,7 +55,7 @@ def fp8_round(ops: Ops, x: Array, n_channels: int) -> Array:
 
 def fp4_round(ops: Ops, x: Array) -> Array:
     """Hadamard transform, then E2M1 in blocks of 32 with E8M0 scales, over all of [..., d]."""
-    turned = ops.hadamard(x.astype(ops.wide)).astype(x.dtype)
+    turned = ops.cast(ops.hadamard(ops.cast(x, ops.wide)), x.dtype)
     blocks, scale = _blocks(ops, turned, FP4_ROW_BLOCK, FP4_MAX * 2.0**-126, FP4_MAX)
     return (_nearest(ops, blocks, 0, 1) * scale).reshape(x.shape).astype(x.dtype)
 
@@ -69,7 +69,7 @@ def fp8_codes(ops: Ops, x: Array) -> tuple[Array, Array]:
 
 def fp4_codes(ops: Ops, x: Array) -> tuple[Array, Array]:
     """`fp4_round` as bytes: x [..., d] -> E2M1 pairs [..., d/2], low nibble first, E8M0 scales."""
-    turned = ops.hadamard(x.astype(ops.wide)).astype(x.dtype)
+    turned = ops.cast(ops.hadamard(ops.cast(x, ops.wide)), x.dtype)
     blocks, scale = _blocks(ops, turned, FP4_ROW_BLOCK, FP4_MAX * 2.0**-126, FP4_MAX)
     codes = _codes(ops, blocks, 0, 1).reshape(*x.shape[:-1], -1, 2)
     packed = codes[..., 0] | (codes[..., 1] << 4)

@@ -22,7 +22,7 @@ def choose(ops: Ops, score: Array, bias: Array, n_chosen: int) -> Array:
 def weights(ops: Ops, score: Array, ids: Array, scaling: float) -> Array:
     """Unbiased scores of the chosen experts, normalised, times `scaling`: [S, k] float32."""
     chosen = ops.take_along_axis(score, ids, axis=1)
-    return chosen / chosen.sum(1, keepdims=True) * scaling
+    return chosen / ops.sum(chosen, 1, keepdims=True) * scaling
 
 
 def experts(

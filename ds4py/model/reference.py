@@ -43,7 +43,8 @@ class Reference:
 
     def embed(self, table: Array, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
         x = table[tokens]  # [S, D]
-        return Streams(self.ops.broadcast_to(x[:, None], (x.shape[0], n_streams, x.shape[1])))
+        # Streams innermost: how they lie decides the order of the first layer's sums, their bits.
+        return Streams(self.ops.stack([x] * n_streams, axis=2).swapaxes(1, 2))
 
     def enter(self, streams: Streams, reader: HyperWeights, norm: Array) -> tuple[Array, Residual]:
         x, post, comb = hyper.mix(self.ops, streams.values, reader, self.config.hc_sinkhorn_iters)
@@ -112,7 +113,7 @@ class Reference:
                 pooled.append(self._pooled(s, delta.values[s.name], slot, plan))
         if not pooled:
             return
-        row = _joined(ops, pooled).astype(dtype)
+        row = ops.cast(_joined(ops, pooled), dtype)
         row = rms_norm(ops, row, compressor.norm, self.config.rms_norm_eps)
         rows, begin = compressor.format.pack(rotate(ops, row, plans.closing_turn(s))), 0
         for delta, plan in zip(deltas, plans.each, strict=True):
@@ -160,7 +161,7 @@ class Reference:
         q = rotate(ops, query.reshape(-1, n_heads, width), plans.turn(layer.layer, width))
         if layer.indexer.format.rounded:  # else Hadamard cancels between query and row
             q = rounding.fp4_round(ops, q)
-        return q, weights.astype(ops.wide) * (width * n_heads) ** -0.5
+        return q, ops.cast(weights, ops.wide) * (width * n_heads) ** -0.5
 
     def _scores(
         self,
@@ -282,9 +283,9 @@ class Reference:
         ops = self.ops
         y = layer.experts.routed(layer.index, x, routing.ids, routing.weights)
         gate, up = routing.shared
-        h = moe.swiglu(ops, gate, up, self.config.swiglu_limit).astype(x.dtype)
-        shared = ops.project(h, layer.shared_w2)[0]
-        return self._add((y + shared.astype(ops.wide)).astype(x.dtype), residual)
+        h = moe.swiglu(ops, gate, up, self.config.swiglu_limit)
+        shared = ops.project(ops.cast(h, x.dtype), layer.shared_w2)[0]
+        return self._add(ops.cast(y + ops.cast(shared, ops.wide), x.dtype), residual)
 
     def draft(self, layer: DraftLayer, streams: Array, tokens: Array) -> Streams:
         ops, eps = self.ops, self.config.rms_norm_eps
