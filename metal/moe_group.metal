@@ -1,8 +1,9 @@
 // inputs: ids n_positions
 // outputs: order tiles
 // Sorts a prompt's (position, choice) pairs by expert, an expert's pairs in their own order, and
-// cuts them into tiles of BM pairs of one expert. ids: [positions, KTOP], each below E. order: the
-// sorted pairs' numbers; tiles: (expert, first place in order, pairs), unused ones with no pairs.
+// cuts them into tiles of BM pairs of one expert. ids: [positions, KTOP], each below E; pairs with
+// a negative one are left out. order: the sorted pairs' numbers, then -1; tiles: (expert, first
+// place in order, pairs), unused ones with no pairs.
 //
 // One threadgroup, a thread for each expert (and E / THREADS more), no atomics: every thread
 // counts, then writes, its own expert's pairs, reading the ids from threadgroup memory, all lanes
@@ -54,6 +55,7 @@ for (int m = 0; m < MINE; m++) {
 }
 int max_tiles = (n_pairs + BM - 1) / BM + E;
 for (int i = 3 * first_tiles[E] + thread_index; i < 3 * max_tiles; i += THREADS) tiles[i] = 0;
+for (int i = firsts[E] + thread_index; i < n_pairs; i += THREADS) order[i] = -1;
 for (int begin = 0; begin < n_pairs; begin += IDS) {
   int n = min(IDS, n_pairs - begin);
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -25,10 +25,10 @@ import numpy as np
 from ds4py.config import ModelConfig
 from ds4py.experts.layout import maps_of
 from ds4py.experts.options import StreamingOptions
-from ds4py.experts.policy import DECODE_ROWS, Ids, Key, online_policy
+from ds4py.experts.policy import DECODE_ROWS, Ids, Key, Placement, online_policy
 from ds4py.experts.probe import choose_depth
 from ds4py.experts.reader import Readers, ReadInto, RecordReader
-from ds4py.experts.section import DECODED, STAGING, Section
+from ds4py.experts.section import DECODED, STAGING, Batch, Section
 from ds4py.experts.swaps import BoundedSwaps, Ranked
 from ds4py.formats.bundle import LayerRecords
 from ds4py.kernels import moe
@@ -36,7 +36,7 @@ from ds4py.kernels.formats import ExpertRecords
 from ds4py.kernels.ops import Array, Ops, PackedWeight
 from ds4py.model.block import Block
 from ds4py.model.fused import Streams
-from ds4py.model.moe import ExpertSource, MoE, ResidentExperts
+from ds4py.model.moe import Compute, ExpertSource, MoE, ResidentExperts
 
 SURE = 4
 """Read a whole layer ahead when a chunk chooses this many times as often as there are experts."""
@@ -248,17 +248,66 @@ class StreamedExperts(ExpertSource):
                 return None
             if self.trace is not None:
                 self.trace.chosen(layer, ids)
-            stalled = section.stall_s
             placed = section.place(layer, experts, self._now, None)
-            ahead = partial(self._look_ahead, section, layer + 1, True)
-            for _ in section.batches(layer, placed, ahead):
+            for _ in self._arriving(layer, placed, True, None):
                 pass  # until all are there
-            self._stalled += section.stall_s - stalled
         slots = np.zeros(self.config.n_routed_experts, np.int32)
         slots[experts] = [placed.slots[expert] for expert in experts]
+        return self._records_of(layer), self.ops.array(slots[chosen])
+
+    def in_parts(self, layer: int, ids: Array, compute: Compute) -> Array | None:
+        if self.observe is not None:
+            return None
+        if self.trace is not None:
+            self.trace.chosen(layer, ids)
+        with self._recovering():
+            return self._compute_in_parts(layer, self._to_host(ids), compute)
+
+    def _compute_in_parts(self, layer: int, chosen: Ids, compute: Compute) -> Array:
+        s, k = chosen.shape
+        numbers = np.arange(s * (k + 1)).reshape(s, k + 1)  # of the results, the shared one's last
+        rows: list[Ids] = []
+        parts: list[Array] = []
+        for batch in self._arriving(layer, self._placed(layer, chosen), s <= DECODE_ROWS, None):
+            place = np.full(self.config.n_routed_experts, -1, np.int32)
+            place[list(batch.slots)] = list(batch.slots.values())
+            slots = place[chosen]
+            here, first = slots >= 0, not parts
+            some = mx.array(np.where(here, chosen, -1).astype(np.int32))
+            part = compute(self._records_of(layer), some, mx.array(np.maximum(slots, 0)), first)
+            if here.all() and not batch.passing:
+                return part
+            mine = numbers[np.pad(here, ((0, 0), (0, 1)), constant_values=first)]
+            part = part.reshape(len(numbers.ravel()), -1)[mx.array(mine)]
+            # Passing slots are read no more once it is computed; else only start it.
+            (mx.eval if batch.passing else mx.async_eval)(part)
+            rows.append(mine)
+            parts.append(part)
+        back = np.argsort(np.concatenate(rows))
+        return mx.concatenate(parts)[mx.array(back)].reshape(s, k + 1, -1)
+
+    def _records_of(self, layer: int) -> ExpertRecords:
         if layer not in self._located:
             self._located[layer] = ExpertRecords.of(*self._maps[layer])
-        return self._located[layer], self.ops.array(slots[chosen])
+        return self._located[layer]
+
+    def _placed(self, layer: int, chosen: Ids) -> Placement:
+        """Where all chosen experts will lie."""
+        section = self._section[layer]
+        keep = section.residency.worth_keeping(layer, chosen, self._last)
+        return section.place(layer, np.unique(chosen).tolist(), self._now, keep)
+
+    def _arriving(
+        self, layer: int, placed: Placement, decoding: bool, most: int | None
+    ) -> Iterator[Batch]:
+        """`Section.batches` of the running layer; the next one's are read ahead."""
+        section = self._section[layer]
+        stalled = section.stall_s
+        ahead = partial(self._look_ahead, section, layer + 1, decoding)
+        try:
+            yield from section.batches(layer, placed, ahead, most)
+        finally:
+            self._stalled += section.stall_s - stalled
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
@@ -279,25 +328,19 @@ class StreamedExperts(ExpertSource):
         return np.asarray(ids)
 
     def _compute(self, layer: int, chosen: Ids, x: Array, ids: Array, weight: Array) -> Array:
-        section, experts = self._section[layer], np.unique(chosen).tolist()
-        stalled = section.stall_s
-        decoding = len(chosen) <= DECODE_ROWS
-        keep = section.residency.worth_keeping(layer, chosen, self._last)
-        placed = section.place(layer, experts, self._now, keep)
-        ahead = partial(self._look_ahead, section, layer + 1, decoding)
+        section, placed = self._section[layer], self._placed(layer, chosen)
+        n_experts, decoding = len(np.unique(chosen)), len(chosen) <= DECODE_ROWS
         observe = partial(self.observe, layer) if self.observe is not None else None
         pairs, order = None, np.sort(chosen, axis=None)
         rows: list[Ids] = []
         parts: list[Array] = []
-        batches = section.batches(layer, placed, ahead, DECODED if self.ops.lazy else None)
-        for batch in batches:
+        most = DECODED if self.ops.lazy else None
+        for batch in self._arriving(layer, placed, decoding, most):
             w13, w2, place = self._lay_out(layer, section, batch.slots)
-            if len(batch.slots) == len(experts) and not batch.passing:
+            if len(batch.slots) == n_experts and not batch.passing:
                 slots = self.ops.array(place[chosen])
-                y = moe.routed(
-                    self.ops, x, ids, weight, w13, w2, self.config.swiglu_limit, observe, slots
-                )
-                break
+                limit = self.config.swiglu_limit
+                return moe.routed(self.ops, x, ids, weight, w13, w2, limit, observe, slots)
             pairs = pairs or moe.pairs(self.ops, ids, weight)
             here = np.flatnonzero(np.isin(order, list(batch.slots)))
             some = self._select(pairs, here, place[order[here]])
@@ -306,12 +349,9 @@ class StreamedExperts(ExpertSource):
                 mx.eval(part)  # bounds the decoded experts; passing slots are read no more
             rows.append(here)
             parts.append(part)
-        else:
-            assert pairs is not None
-            back = np.argsort(np.concatenate(rows))
-            y = moe.combine(self.ops, self.ops.concatenate(parts)[self.ops.array(back)], pairs)
-        self._stalled += section.stall_s - stalled
-        return y
+        assert pairs is not None
+        back = np.argsort(np.concatenate(rows))
+        return moe.combine(self.ops, self.ops.concatenate(parts)[self.ops.array(back)], pairs)
 
     def _select(self, pairs: moe.Pairs, rows: Ids, slots: Ids) -> moe.Pairs:
         """Some of the pairs, addressed by slot."""

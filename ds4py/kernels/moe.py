@@ -202,19 +202,25 @@ class Grouping:
     """int32 [S, k]"""
     n_experts: int
     order: Array
-    """int32 [S*k]: the numbers of the pairs, sorted by expert, each expert's in their own order."""
+    """int32 [S*k]: the numbers of the pairs, sorted by expert, each expert's in their own order; -1
+    behind them for those left out."""
     tiles: Array
     """int32 [most tiles, 3]: expert, first place in `order`, number of pairs; 0 pairs: unused."""
+    shared: bool = True
+    """Whether the shared expert is computed, too."""
 
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles there may be, the shared expert's with them, and positions."""
         s = self.ids.shape[0]
-        return self.tiles.shape[0] + -(-s // GROUP_ROWS), s
+        return self.tiles.shape[0] + (-(-s // GROUP_ROWS) if self.shared else 0), s
 
 
-def group(launcher: Launcher, ids: Array, n_experts: int) -> Grouping:
-    """ids int32 [S, k], each below n_experts. The device does it: the host never sees the ids."""
+def group(launcher: Launcher, ids: Array, n_experts: int, shared: bool = True) -> Grouping:
+    """ids int32 [S, k], each below n_experts. The device does it: the host never sees the ids.
+
+    Pairs with a negative id are left out: what the products write for them is not defined.
+    """
     s, k = ids.shape
     most = -(-s * k // GROUP_ROWS) + n_experts
     threads = min(GROUP_THREADS, -(-n_experts // 32) * 32)
@@ -226,18 +232,20 @@ def group(launcher: Launcher, ids: Array, n_experts: int) -> Grouping:
         (threads, 1, 1),
         [((s * k,), mx.int32), ((most, 3), mx.int32)],
     )
-    return Grouping(ids, n_experts, order, tiles)
+    return Grouping(ids, n_experts, order, tiles, shared)
 
 
 def group_ref(ids: Array, n_experts: int) -> tuple[Array, Array]:
     """`order` and `tiles` of `group`, on the host."""
     flat = np.array(ids).reshape(-1)
     order = np.argsort(flat, kind="stable").astype(np.int32)
-    counts, tiles, first = np.bincount(flat, minlength=n_experts), [], 0
+    order = order[flat[order] >= 0]
+    counts, tiles, first = np.bincount(flat[order], minlength=n_experts), [], 0
     for expert, n in enumerate(counts.tolist()):
         tiles += [(expert, first + i, min(GROUP_ROWS, n - i)) for i in range(0, n, GROUP_ROWS)]
         first += n
     most = -(-len(flat) // GROUP_ROWS) + n_experts
+    order = np.pad(order, (0, len(flat) - len(order)), constant_values=-1)
     return order, np.array(tiles + [(0, 0, 0)] * (most - len(tiles)), np.int32)
 
 

@@ -21,7 +21,7 @@ from ds4py.config import LayerPlan
 from ds4py.kernels import attend, compress, dense, heads, hyper, index, matvec, moe, route, state
 from ds4py.kernels.attend import StoredRows
 from ds4py.kernels.build import Launcher
-from ds4py.kernels.formats import PackedMatrix, unpack
+from ds4py.kernels.formats import ExpertRecords, PackedMatrix, unpack
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, Dtype
 from ds4py.model.fused import Residual, Routing, Streams
@@ -37,7 +37,7 @@ Packed = tuple[PackedMatrix, ...]
 Projected = Sequence[tuple[Array, Array]]
 Table = Array | PackedMatrix
 
-EXPERTS = "experts streamed to a prompt, or observed"
+EXPERTS = "experts while importance is collected"
 EMBEDDING = "rows of a packed embedding"
 """What runs as plain MLX operations."""
 
@@ -315,7 +315,7 @@ class Metal(Reference):
     ) -> Streams:
         placed = layer.experts.place(layer.index, routing.ids)
         if placed is None:
-            return self._routed(x, layer, routing, residual, reader)
+            return self._in_parts(x, layer, routing, residual, reader)
         experts, slots = placed
         shared, limit = layer.w_in[1:], self.config.swiglu_limit
 
@@ -327,25 +327,52 @@ class Metal(Reference):
                 h = moe.gate_up(on, x, where, slots, weights, shared, limit)
                 after = dense.Residual(streams, gates, reader.fn.arrays[0])
                 return moe.down(on, h, where, slots, down, after)
-            groups = moe.group(on, routing.ids, self.config.n_routed_experts)
-            h = moe.matmul_gate_up(on, x, where, groups, slots, weights, shared, limit)
-            terms = moe.matmul_down(on, h, where, groups, slots, down)
+            terms = self._terms(x, layer, where, routing.ids, slots, weights, True)
             return self._sum(terms, streams, gates, reader)
 
         given = (x, experts.records, slots, routing.weights, residual.streams, residual.gates)
         return Streams(*self._replay(("experts", id(layer)), x, given, run))
 
-    def _routed(
+    def _terms(
+        self,
+        x: Array,
+        layer: MoE,
+        experts: ExpertRecords,
+        ids: Array,
+        slots: Array,
+        weights: Array,
+        shared: bool,
+    ) -> Array:
+        """`Compute` of the source, for any S."""
+        on, groups = (
+            self.launcher,
+            moe.group(self.launcher, ids, self.config.n_routed_experts, shared),
+        )
+        maps, limit = layer.w_in[1:], self.config.swiglu_limit
+        h = moe.matmul_gate_up(on, x, experts, groups, slots, weights, maps, limit)
+        return moe.matmul_down(on, h, experts, groups, slots, layer.shared_w2[0])
+
+    def _in_parts(
         self, x: Array, layer: MoE, routing: Routing, residual: Residual, reader: HyperWeights
     ) -> Streams:
-        """Experts whose source computes them itself."""
+        """Experts that are not in memory together."""
+
+        def compute(experts: ExpertRecords, ids: Array, slots: Array, shared: bool) -> Array:
+            return self._terms(x, layer, experts, ids, slots, routing.weights, shared)
+
+        terms = layer.experts.in_parts(layer.index, routing.ids, compute)
+        if terms is None:
+            terms = self._observed(x, layer, routing)
+        return Streams(*self._sum(terms, residual.streams, residual.gates, reader))
+
+    def _observed(self, x: Array, layer: MoE, routing: Routing) -> Array:
+        """Experts whose source computes them itself: the routed ones' sum, the shared one's."""
         self.launcher.plain[EXPERTS] += 1
         y = layer.experts.routed(layer.index, x, routing.ids, routing.weights)
         width = layer.w_in[1].rows.shape[0]
         both = self._dense(x, layer.w_in[1:])
         h = moe.swiglu(self.ops, both[:, :width], both[:, width:], self.config.swiglu_limit)
-        terms = mx.stack([y, self._dense(h.astype(x.dtype), layer.shared_w2)], 1)
-        return Streams(*self._sum(terms, residual.streams, residual.gates, reader))
+        return mx.stack([y, self._dense(h.astype(x.dtype), layer.shared_w2)], 1)
 
     def draft(self, layer: DraftLayer, streams: Array, tokens: Array) -> Streams:
         eps, reader = self.config.rms_norm_eps, layer.block.hc_attn

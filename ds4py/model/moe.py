@@ -15,6 +15,10 @@ from ds4py.kernels.ops import Array, LinearMaps, Ops, PackedWeight, Weight
 from ds4py.model.fused import Fused, Residual, Streams
 
 ExpertWeight = Weight | PackedWeight
+Compute = Callable[[ExpertRecords, Array, Array, bool], Array]
+"""(records, ids [S, k] with -1 where an expert is not among them, their slots [S, k], whether the
+shared expert is computed, too) -> float32 [S, k + 1, D], each choice's result, the shared expert's
+last; what was not computed is anything."""
 
 
 class RoutingTrace(Protocol):
@@ -91,6 +95,11 @@ class ExpertSource(ABC):
     def place(self, layer: int, ids: Array) -> tuple[ExpertRecords, Array] | None:
         """Records that hold experts ids [S, k] of `layer` and where in them, slots [S, k], for
         kernels that read them there; None: ask `routed`."""
+        return None
+
+    def in_parts(self, layer: int, ids: Array, compute: Compute) -> Array | None:
+        """For kernels, where `place` has no room for all: `compute` with some experts after the
+        other -> what it would make of all at once. None: ask `routed`."""
         return None
 
     @abstractmethod

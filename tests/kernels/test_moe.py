@@ -234,10 +234,14 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize(("s", "k", "n"), [(1, 1, 1), (1, 6, 256), (5, 2, 3), (700, 3, 300)])
-def test_grouping(s: int, k: int, n: int) -> None:
+@pytest.mark.parametrize(
+    ("s", "k", "n", "left_out"),
+    [(1, 1, 1, 0), (1, 6, 256, 0), (5, 2, 3, 0.5), (700, 3, 300, 0), (40, 2, 16, 1)],
+)
+def test_grouping(s: int, k: int, n: int, left_out: float) -> None:
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(n)[: min(k, n)] for _ in range(s)]).astype(np.int32)
+    ids = np.where(rng.random(ids.shape) < left_out, np.int32(-1), ids)
 
     def launch(shaders: Launcher) -> Any:
         made = moe.group(shaders, mx.array(ids), n)
