@@ -6,21 +6,55 @@ assistant message.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ds4py.server.conversation import Tool
 from ds4py.server.errors import ApiError
 from ds4py.server.kept import Kept
-from ds4py.server.openai_parts import ContentPart, called, joined, text_of
+from ds4py.server.openai_parts import ContentPart, called, text_of, tool_of, tools_of
 
 ROLES = ("user", "assistant", "system", "developer")
 _CONTENT: TypeAdapter[str | list[ContentPart] | None] = TypeAdapter(str | list[ContentPart] | None)
 
 
-def translated(items: list[Any], kept: Kept) -> list[dict[str, Any]]:
+Names = dict[tuple[str | None, str], str]
+"""(namespace, name) of a function -> its name as the model reads it."""
+
+
+def toolbox(values: list[Any] | None) -> tuple[list[Tool], Names]:
+    """The functions among the tools, also those in namespaces, as Codex has those of MCP servers.
+
+    A namespace becomes part of the name only where two functions have the same: a tool_choice
+    cannot name it, and models tend to leave it out.
+    """
+    found: list[tuple[str | None, Tool]] = []
+    for index, value in enumerate(values or ()):
+        where = f"tools.{index}"
+        if isinstance(value, dict) and value.get("type") == "namespace":
+            namespace, inside = value.get("name"), value.get("tools")
+            if not isinstance(namespace, str) or not isinstance(inside, list):
+                raise ApiError("is no namespace with a name and tools", param=where)
+            tools = tools_of(inside, nested=False, param=f"{where}.tools")
+            found += [(namespace, tool) for tool in tools]
+        elif (tool := tool_of(value, where, nested=False)) is not None:
+            found.append((None, tool))
+    n_named = Counter(tool.name for _, tool in found)
+    names = {
+        (namespace, tool.name): tool.name
+        if namespace is None or n_named[tool.name] == 1
+        else f"{namespace}.{tool.name}"
+        for namespace, tool in found
+    }
+    return [replace(tool, name=names[namespace, tool.name]) for namespace, tool in found], names
+
+
+def translated(items: list[Any], kept: Kept, names: Names) -> list[dict[str, Any]]:
     """Messages of the items. Raises ApiError naming the item at fault."""
-    builder = _Builder()
+    builder = _Builder(names)
     for index, item in enumerate(items):
         where = f"input.{index}"
         if not isinstance(item, dict):
@@ -34,8 +68,9 @@ def translated(items: list[Any], kept: Kept) -> list[dict[str, Any]]:
 class _Builder:
     """Collects messages; the last assistant message stays open for more of its items."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Names) -> None:
         self.messages: list[dict[str, Any]] = []
+        self._names = names
 
     def add(self, item: dict[str, Any], where: str) -> None:
         kind = item.get("type", "message" if "role" in item else None)
@@ -72,7 +107,7 @@ class _Builder:
         if not isinstance(arguments, str | dict):
             raise ApiError("is no string", param=f"{where}.arguments")
         self._answer(new=False).setdefault("tool_calls", []).append(
-            called(call_id, joined(namespace, name), arguments)
+            called(call_id, self._names.get((namespace, name), name), arguments)
         )
 
     def _answer(self, new: bool) -> dict[str, Any]:

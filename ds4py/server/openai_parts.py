@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -146,34 +145,9 @@ def tool_of(value: Any, param: str, nested: bool) -> Tool | None:
 
 
 def tools_of(values: list[Any] | None, nested: bool, param: str = "tools") -> list[Tool]:
-    """The function tools among those given; those of a namespace have names with its name."""
-    out: list[Tool] = []
-    for index, value in enumerate(values or ()):
-        where = f"{param}.{index}"
-        if isinstance(value, dict) and value.get("type") == "namespace" and not nested:
-            namespace, inner = value.get("name"), value.get("tools")
-            if not isinstance(namespace, str) or not isinstance(inner, list):
-                raise ApiError("is no namespace with a name and tools", param=where)
-            found = tools_of(inner, nested, f"{where}.tools")
-            out += [replace(tool, name=joined(namespace, tool.name)) for tool in found]
-        elif (tool := tool_of(value, where, nested)) is not None:
-            out.append(tool)
-    return out
-
-
-def joined(namespace: str | None, name: str) -> str:
-    """A function's name as the model reads it."""
-    return name if namespace is None else f"{namespace}.{name}"
-
-
-def namespaces_of(values: list[Any] | None) -> dict[str, tuple[str, str]]:
-    """Names as the model reads them -> (namespace, name), of checked tools."""
-    return {
-        joined(value["name"], tool.name): (value["name"], tool.name)
-        for value in values or ()
-        if value.get("type") == "namespace"
-        for tool in tools_of(value["tools"], nested=False)
-    }
+    """The function tools among those given."""
+    found = [tool_of(value, f"{param}.{i}", nested) for i, value in enumerate(values or ())]
+    return [tool for tool in found if tool is not None]
 
 
 def choice_of(value: Any) -> Choice:

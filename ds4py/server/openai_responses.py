@@ -18,7 +18,7 @@ from ds4py.server.body import ModelBody, Part
 from ds4py.server.conversation import Conversation
 from ds4py.server.errors import ApiError
 from ds4py.server.kept import Kept
-from ds4py.server.openai_items import translated
+from ds4py.server.openai_items import toolbox, translated
 from ds4py.server.prompt import PromptWriter, check_results, check_tools, effort_of
 from ds4py.server.request import Chance, Event, Finished, Request, Usage
 from ds4py.server.respond import Answer, frame
@@ -108,7 +108,8 @@ class ResponsesExchange:
         self.requests: list[Request] = [
             writer.request(asked, _sampling(body), (), parts.new_call_id)
         ]
-        self._namespaces = parts.namespaces_of(body.tools)
+        _, names = toolbox(body.tools)
+        self._given_names = {read: given for given, read in names.items()}
         self._n_frames = 0
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the item being written
@@ -242,7 +243,7 @@ class ResponsesExchange:
 
     def _call(self, call_id: str, read_name: str) -> dict[str, Any]:
         """An item for a call, without its arguments; the name as the model wrote it."""
-        namespace, name = self._namespaces.get(read_name, (None, read_name))
+        namespace, name = self._given_names.get(read_name, (None, read_name))
         return {
             "id": f"fc_{secrets.token_hex(16)}",
             "type": "function_call",
@@ -393,13 +394,14 @@ def history(body: InputTokensBody, kept: Kept) -> list[Any]:
 
 def conversation(body: InputTokensBody, items: list[Any], thinks: bool, kept: Kept) -> Conversation:
     """What the items ask for. Raises ApiError."""
-    messages = translated(items, kept)
+    tools, names = toolbox(body.tools)
+    messages = translated(items, kept, names)
     check_results(messages, "input")
     if not messages:
         raise ApiError("is empty; need at least one message", param="input")
     if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    tools, choice = parts.tools_of(body.tools, nested=False), parts.choice_of(body.tool_choice)
+    choice = parts.choice_of(body.tool_choice)
     check_tools(tools, choice, "tools")
     options = body.reasoning or ReasoningOptions()
     thinks, effort = effort_of(options.effort, thinks, "reasoning.effort")

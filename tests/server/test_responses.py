@@ -82,6 +82,11 @@ def test_tools_in_a_namespace(served: Any) -> None:
     assert "21 degrees" in answer.output_text
     cached = answer.usage.input_tokens_details.cached_tokens
     assert cached >= first.usage.input_tokens + first.usage.output_tokens - 1
+    work = {**home, "name": "work"}
+    twice = {**ask, "tools": [home, work]}
+    chosen: Any = {"type": "function", "name": "work.get_weather"}
+    (call,) = served.openai().responses.create(input=asked, **twice, tool_choice=chosen).output
+    assert (call.namespace, call.name) == ("work", "get_weather")
     for wrong in ({**home, "tools": None}, {**home, "name": 5}):
         with pytest.raises(openai.BadRequestError):
             served.openai().responses.create(input=asked, **{**ask, "tools": [wrong]})
