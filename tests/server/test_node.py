@@ -94,12 +94,17 @@ def agent(name: str) -> str:
     return str(found)
 
 
-def ask(command: list[str], project: Path, env: dict[str, str]) -> str:
-    """What an agent says when it is asked for the word in note.txt."""
+def ask(
+    command: list[str],
+    project: Path,
+    env: dict[str, str],
+    question: str = "What is the magic word in note.txt?",
+) -> str:
+    """What an agent says when it is asked for the word in note.txt, or something else."""
     project.mkdir()
     (project / "note.txt").write_text(WORD, encoding="utf-8")
     done = subprocess.run(
-        [*command, "What is the magic word in note.txt?"],
+        [*command, question],
         cwd=project,
         env=env,
         stdin=subprocess.DEVNULL,
