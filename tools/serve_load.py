@@ -46,7 +46,10 @@ class Server:
         assert self.process.stderr is not None
         line = next(line for line in self.process.stderr if "serving" in line)
         self.port = int(line.split("http://127.0.0.1:")[1].split()[0])
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.said: list[str] = []
+        """What it writes on stderr once it serves."""
+        threading.Thread(target=self.said.extend, args=(self.process.stderr,), daemon=True).start()
 
     def connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)

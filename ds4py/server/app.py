@@ -7,6 +7,7 @@ which shape errors are told. The work itself is in the protocol files and the wo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import secrets
@@ -20,6 +21,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -373,7 +375,7 @@ class Guard:
         if scope["type"] != "http":
             return
         request_id = scope[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
-        scope["path"] = scope["path"].rstrip("/") or "/"
+        scope["path"] = _of_absolute(scope["path"]).rstrip("/") or "/"
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -386,7 +388,8 @@ class Guard:
         except ApiError as error:
             await error_reply(scope, error)(scope, receive, send_marked)
             return
-        await self.app(scope, receive, send_marked)
+        with contextlib.suppress(Exception):  # starlette raises what it has had told and logged
+            await self.app(scope, receive, send_marked)
 
     def check(self, scope: Scope) -> None:
         """Raise ApiError for a caller who may not ask."""
@@ -407,6 +410,12 @@ class Guard:
             raise ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
 
 
+def _of_absolute(target: str) -> str:
+    """The path of a target that is a whole URL, as a proxy's clients send it."""
+    scheme, found, rest = target.partition("://")
+    return "/" + rest.partition("/")[2] if found and scheme in ("http", "https") else target
+
+
 def _is_local(host: str) -> bool:
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     return name.lower() in LOCAL_HOSTS
@@ -420,6 +429,8 @@ def as_api_error(failure: Exception) -> ApiError:
         said = {404: "there is nothing at this path", 405: "this path has another method"}
         text = said.get(failure.status_code, failure.detail)
         return ApiError(text, failure.status_code, extra=dict(failure.headers or {}))
+    if isinstance(failure, ClientDisconnect):
+        return ApiError("the client left before its body was there")
     log.error("a request failed", exc_info=failure)
     return ApiError("the server failed; see its log", 500)
 
@@ -470,7 +481,9 @@ def make_app(service: Service) -> ASGIApp:
             )
             for endpoint in describe.ENDPOINTS
         ],
-        exception_handlers={HTTPException: told, ApiError: told, Exception: told},
+        exception_handlers=dict.fromkeys(
+            (HTTPException, ApiError, ClientDisconnect, Exception), told
+        ),
     )
     app.state.service = service
     guard = Guard(app, service.rules)

@@ -85,6 +85,9 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event))
         self.transport.close()
 
+    def _should_upgrade(self) -> bool:
+        return False  # there is no other protocol here; uvicorn would log which to install
+
     def _busy(self) -> bool:
         """Whether a request is being answered."""
         cycle: Any = self.cycle

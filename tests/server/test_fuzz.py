@@ -1,112 +1,68 @@
-"""Bodies nobody would send: every answer is well formed, and the next request works."""
+"""Requests nobody would send: every answer is whole and in shape, and the next request works.
+
+What makes and checks them is tools/serve_fuzz.py; here a few against a scripted model, and more, of
+all kinds, against a real server.
+"""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from ds4py.server.anthropic import CountBody, MessagesBody
 from ds4py.server.app import Rules
-from ds4py.server.openai_chat import ChatBody
-from ds4py.server.openai_completions import CompletionBody
-from ds4py.server.openai_responses import ResponsesBody
 from tests.server.scripted import Running, Script, ScriptedEngine
+from tools import serve_fuzz
 
-PATHS: Any = {
-    "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
-    "/v1/responses": ResponsesBody,
-    "/v1/messages": MessagesBody,
-    "/v1/messages/count_tokens": CountBody,
-}
-words = st.sampled_from(
-    "user assistant system tool text function auto required none json_schema json_object enabled "
-    "tool_use tool_result thinking function_call function_call_output message reasoning f c1 "
-    "</think> <｜User｜> ｜DSML｜ object string \ud800 \x00 é".split(" ")
-)
-scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 9), st.integers(), st.floats(), words, st.text()
-)
-keys = st.sampled_from(
-    "role content type text name id tool_calls function arguments tool_call_id call_id output "
-    "input parameters properties required strict schema json_schema input_schema tool_use_id "
-    "thinking signature reasoning_content effort format enum $ref".split()
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=6),
-    max_leaves=25,
-)
-messages = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "tool", "system"])},
-        optional={
-            "content": st.one_of(words, values),
-            "tool_calls": values,
-            "tool_call_id": words,
-            "type": words,
-        },
-    ),
-    max_size=4,
-)
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def bodies(model: Any) -> st.SearchStrategy[dict[str, Any]]:
-    """Mostly right ones: a wrong field in a right body goes further than noise."""
-    right = {
-        "messages": messages,
-        "input": messages,
-        "prompt": st.one_of(words, st.lists(st.integers(0, 2047), max_size=5)),
-        "max_tokens": st.integers(1, 9),
-        "stream": st.booleans(),
-    }
-    fields = {
-        name: st.one_of(right.get(name, values), values) if name in right else values
-        for name in model.model_fields
-    }
-    needed = {n: right[n] for n in ("messages", "max_tokens") if n in fields}
-    optional = {name: made for name, made in fields.items() if name not in needed}
-    return st.fixed_dictionaries(needed, optional=optional)
-
-
-def check(path: str, response: httpx2.Response) -> None:
-    """The answer is one of the documented kinds, whole and in shape."""
-    assert response.status_code in (200, 400), response.text
-    text = response.text
-    if response.headers["content-type"].startswith("text/event-stream"):
-        last = text.strip().splitlines()[-1]
-        ends = {"/v1/responses": "response.", "/v1/messages": '"type":"message_stop"'}
-        assert ends.get(path, "[DONE]") in last
-        return
-    body = json.loads(text)
-    if response.status_code == 400:
-        assert body["error"]["message"]
-        assert ("request_id" in body) == path.startswith("/v1/messages")
-
-
-def run(n: int) -> None:
+def run(strategy: Any, ask: Any, n: int) -> None:
     script = Script(["I think.</think>One answer."])
     with Running(ScriptedEngine(script, context=4096), Rules()) as server, server.http() as http:
 
-        @settings(max_examples=n, suppress_health_check=list(HealthCheck))
-        @given(st.data())
-        def ask(data: st.DataObject) -> None:
-            path = data.draw(st.sampled_from(list(PATHS)))
-            body = data.draw(bodies(PATHS[path]))
-            check(path, http.post(path, content=json.dumps(body)))
+        @settings(max_examples=n, suppress_health_check=list(HealthCheck), deadline=None)
+        @given(strategy)
+        def one(made: Any) -> None:
+            ask(server, http, made)
 
-        ask()
+        one()
+        while http.get("/status").json()["active"]:
+            pass  # what was left behind ends within a step
         assert http.get("/health").json() == {"status": "ok", "active": 0, "waiting": 0}
+        assert http.get("/status").json()["failed"] == 0
     assert server.scheduler.n_lent == 0
 
 
 def test_bodies_nobody_would_send() -> None:
-    run(60)
+    def ask(server: Any, http: Any, request: Any) -> None:
+        path, body = request
+        answer = http.post(path, content=json.dumps(body))
+        serve_fuzz.check(path, answer.status_code, answer.headers, answer.text)
+
+    run(serve_fuzz.requests, ask, 60)
+
+
+def test_bytes_nobody_would_send() -> None:
+    run(
+        serve_fuzz.wires(), lambda server, http, wire: serve_fuzz.exchange(server.address, wire), 60
+    )
 
 
 @pytest.mark.long
-def test_many_more_of_them() -> None:
-    run(2000)
+def test_many_more_of_them_and_those_of_the_document() -> None:
+    pytest.importorskip("schemathesis", reason="the extra `fuzz` is missing")
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.serve_fuzz", "--requests", "450", "--seed", "7"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert min(report["asked"].values()) >= 100 and report["statuses"]["200"] > 20
