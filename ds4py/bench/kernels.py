@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from time import perf_counter, process_time
 from typing import Any, cast
@@ -21,7 +21,7 @@ from ds4py import assets
 from ds4py.bench import speed, traffic
 from ds4py.bench.blank import Blank, FormatOf, unallocated
 from ds4py.cache.rows import capacity
-from ds4py.cache.state import Frontier, SequenceState
+from ds4py.cache.state import SequenceState
 from ds4py.config import ModelConfig
 from ds4py.engine.engine import Engine
 from ds4py.engine.options import SamplingOptions
@@ -136,7 +136,7 @@ def state_at(model: Transformer, position: int) -> SequenceState:
         store.data = unallocated(shape, store.data.dtype)
     values = {name: unallocated(v.shape, mx.float32) for name, v in state.frontier.values.items()}
     window = unallocated(state.frontier.window.shape, state.frontier.window.dtype)
-    state.frontier = Frontier(position, window, values)
+    state.frontier = replace(state.frontier, position=position, window=window, values=values)
     return state
 
 

@@ -127,8 +127,9 @@ def frontier_bytes(engine: Engine, position: int = 190) -> int:
     """A checkpoint at a position that is half-way between two of the grid."""
     state = engine.model.new_state()
     share = {s.name: s.needed(position) / s.history for s in state.series}
-    values = (array.nbytes * share[name] for name, array in state.frontier.values.items())
-    return int(state.frontier.window.nbytes + sum(values))
+    kept, values = state.frontier, state.frontier.values
+    pooled = (array.nbytes * share[name] for name, array in values.items())
+    return int(kept.window.nbytes + kept.streams.nbytes + sum(pooled))
 
 
 def _restore(engine: Engine, disk: DiskSessions, prompt: list[int], repeat: int) -> Restore:

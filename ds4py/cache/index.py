@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ds4py.cache.evict import Entry, Segment, Tree
 
-SCHEMA = 2
+SCHEMA = 3
 _TABLES = """
 CREATE TABLE IF NOT EXISTS segments(
     name TEXT PRIMARY KEY, parent TEXT, identity TEXT NOT NULL, ids BLOB NOT NULL,
@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS segments(
 CREATE TABLE IF NOT EXISTS snapshots(
     name TEXT PRIMARY KEY, parent TEXT, identity TEXT NOT NULL, tail BLOB NOT NULL,
     tokens INTEGER NOT NULL, ids_hash BLOB NOT NULL, text_bytes INTEGER NOT NULL,
-    text_hash BLOB NOT NULL, has_logits INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    text_hash BLOB NOT NULL, bytes INTEGER NOT NULL,
     created REAL NOT NULL, used INTEGER NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
     born INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0,
     next BLOB, branched INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
@@ -52,7 +52,6 @@ class Found:
     ids_hash: bytes
     text_bytes: int
     text_hash: bytes
-    has_logits: bool
     n_bytes: int
     created: float
     used: int = 0
@@ -63,8 +62,8 @@ class Found:
 
 
 _COLUMNS = (
-    "name, parent, identity, tail, tokens, ids_hash, text_bytes, text_hash, has_logits, bytes, "
-    "created, used, hits, born, uses"
+    "name, parent, identity, tail, tokens, ids_hash, text_bytes, text_hash, bytes, created, used, "
+    "hits, born, uses"
 )
 _CONTINUATIONS = "(next IS NOT NULL) + branched"
 
@@ -154,10 +153,10 @@ class Index:
         with self._db:
             self._db.execute(
                 f"INSERT OR REPLACE INTO snapshots({_COLUMNS}) "
-                "VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                "VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     *(new.name, new.parent, new.identity, new.tail, new.tokens, new.ids_hash),
-                    *(new.text_bytes, new.text_hash, new.has_logits, new.n_bytes, new.created),
+                    *(new.text_bytes, new.text_hash, new.n_bytes, new.created),
                     *(self.now(), new.hits, new.born, new.uses),
                 ),
             )

@@ -1,9 +1,10 @@
 """A sequence at one position as plain arrays: everything needed to continue bit for bit.
 
 An `Image` holds the token ids, the stored rows from some position on, the frontier without what no
-later row needs, the next-token logits where the sequence ended, and the seed of its sampler (noise
-depends on seed and position only, so that is all of its state). What runs along without rows of its
-own, a draft layer's window, goes into `extra`. Arrays are little-endian; bfloat16 travels as its
+later row needs, and the seed of its sampler (noise depends on seed and position only, so that is
+all of its state). The next-token logits are not in it: the head makes them of the frontier's
+streams, an eighth of their bytes. What runs along without rows of its own, a draft layer's window,
+goes into `extra`. Arrays are little-endian; bfloat16 travels as its
 bits. `save` writes an image whose rows begin at 0 as one record; the store splits it into segments.
 """
 
@@ -23,7 +24,7 @@ from ds4py.cache.state import Frontier, SequenceState
 from ds4py.errors import InputError
 from ds4py.kernels.ops import Array, Ops
 
-FORMAT = 3
+FORMAT = 4
 """Counts the changes of what an image holds; another one is another identity."""
 
 
@@ -40,9 +41,7 @@ class Image:
     ratios: dict[str, int]
     """Per series, tokens a row stands for."""
     frontier: Arrays
-    """`window`, and per series `values.NAME`."""
-    logits: npt.NDArray[np.float32] | None = None
-    """[1, V]"""
+    """`window`, `streams`, and per series `values.NAME`."""
     seed: int | None = None
     extra: dict[str, Arrays] = field(default_factory=dict)
     """Further frontiers by name, as `capture_frontier` gives them: `turnN` is a checkpoint of this
@@ -82,9 +81,9 @@ def fill(state: SequenceState, image: Image) -> None:
 
 
 def capture_frontier(state: SequenceState, frontier: Frontier) -> Arrays:
-    """`window`, and `values.NAME` per series."""
+    """`window`, `streams`, and `values.NAME` per series."""
     kept = state.checkpoint(frontier)
-    arrays = {"window": _bits(kept.window)}
+    arrays = {"window": _bits(kept.window), "streams": _bits(kept.streams)}
     return arrays | {f"values.{name}": _bits(values) for name, values in kept.values.items()}
 
 
@@ -95,8 +94,11 @@ def frontier_of(state: SequenceState, position: int, arrays: Arrays) -> Frontier
         whole = like.values[s.name]
         shape = (whole.shape[0], s.needed(position), whole.shape[2])
         values[s.name] = _array(state.ops, arrays.get(f"values.{s.name}"), whole, shape)
-    window = _array(state.ops, arrays.get("window"), like.window, tuple(like.window.shape))
-    return Frontier(position, state.ops.copy(window), values)
+    window, streams = (
+        state.ops.copy(_array(state.ops, arrays.get(name), own, tuple(own.shape)))
+        for name, own in (("window", like.window), ("streams", like.streams))
+    )
+    return Frontier(position, window, values, streams)
 
 
 def save(path: Path, image: Image, identity: str) -> None:
@@ -105,8 +107,6 @@ def save(path: Path, image: Image, identity: str) -> None:
     arrays |= {f"rows.{name}": array for name, array in image.rows.items()}
     for name, values in image.extra.items():
         arrays |= {f"extra.{name}.{key}": array for key, array in values.items()}
-    if image.logits is not None:
-        arrays["logits"] = image.logits
     header = {"identity": identity, "position": image.position, "seed": image.seed}
     try:
         record.write(path, header, arrays)
@@ -132,11 +132,11 @@ def load(path: Path, identity: str) -> Image:
     for name in [n for n in arrays if n.startswith("extra.")]:
         _, state, key = name.split(".", 2)
         extra.setdefault(state, {})[key] = arrays[name]
-    frontier = {n: a for n, a in arrays.items() if n == "window" or n.startswith("values.")}
+    own = ("window", "streams")
+    frontier = {n: a for n, a in arrays.items() if n in own or n.startswith("values.")}
     if "tokens" not in arrays or len(arrays["tokens"]) != header.get("position"):
         raise RecordError(f"{path} is damaged: it lacks its tokens; save the session again")
-    logits = arrays.get("logits")
-    return Image(arrays["tokens"], 0, rows, {}, frontier, logits, header.get("seed"), extra)
+    return Image(arrays["tokens"], 0, rows, {}, frontier, header.get("seed"), extra)
 
 
 def _bits(x: Array) -> npt.NDArray[Any]:

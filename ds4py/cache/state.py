@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ds4py.cache.rows import RowFormats, RowStore, capacity
@@ -102,10 +102,16 @@ class Frontier:
     values: dict[str, Array]
     """Per series: the last c*r - 1 tokens' values and scores, [layers, c*r - 1, 2*c*d] float32.
     Before the sequence: value 0, score -inf. A checkpoint keeps the end that is needed."""
+    streams: Array
+    """[1, H, D] of the last token after the last layer: the head makes the next logits of them."""
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [self.window, self.streams, *self.values.values()]
 
     @property
     def n_bytes(self) -> int:
-        return int(self.window.nbytes) + sum(int(v.nbytes) for v in self.values.values())
+        return sum(int(array.nbytes) for array in self.arrays)
 
 
 class SequenceState:
@@ -132,13 +138,15 @@ class SequenceState:
         self.slot = {(s.name, layer): i for s in self.series for i, layer in enumerate(s.layers)}
         self._window_format = formats.attention
         self._window_shape = (len(plans), config.sliding_window - 1, formats.attention.width)
+        self._streams_shape = (1, config.hc_mult, config.hidden_size)
         self.frontier = self._empty()
         self._read: tuple[Frontier, Array] | None = None
 
     def _empty(self) -> Frontier:
         values = {s.name: self._before(s, s.history) for s in self.series}
         window = self.ops.zeros(self._window_shape, self._window_format.stored_dtype)
-        return Frontier(0, window, values)
+        streams = self.ops.zeros(self._streams_shape, self._window_format.dtype)
+        return Frontier(0, window, values, streams)
 
     def _before(self, s: Series, n_tokens: int) -> Array:
         """Values and scores of tokens that pool to nothing."""
@@ -191,7 +199,10 @@ class SequenceState:
             values[s.name] = self._stack(parts, n_tokens, s.history, old.values[s.name])
         parts = [part.window for part in delta.layers]
         window = self._stack(parts, n_tokens, old.window.shape[1], old.window)
-        return Frontier(old.position + n_tokens, window, values)
+        streams = delta.streams
+        if delta.n_tokens > 1:
+            streams = self.ops.copy(streams[n_tokens - 1 : n_tokens])
+        return Frontier(old.position + n_tokens, window, values, streams)
 
     def _read_after(
         self, delta: Delta, n_tokens: int, frontier: Frontier
@@ -208,7 +219,7 @@ class SequenceState:
         for s in self.series:
             whole, n = frontier.values[s.name], s.needed(frontier.position)
             values[s.name] = self.ops.copy(whole[:, whole.shape[1] - n :])
-        return Frontier(frontier.position, frontier.window, values)
+        return replace(frontier, values=values)
 
     def restore(self, frontier: Frontier) -> None:
         """Go back to an earlier frontier of this same sequence, whole or as a checkpoint."""
@@ -217,7 +228,7 @@ class SequenceState:
             kept = frontier.values[s.name]
             before = self._before(s, s.history - kept.shape[1])
             values[s.name] = self.ops.concatenate([before, kept], axis=1)
-        self.frontier = Frontier(frontier.position, frontier.window, values)
+        self.frontier = replace(frontier, values=values)
 
     def fork(self, frontier: Frontier) -> SequenceState:
         """A second sequence that begins at a frontier of this one and shares the rows below it."""
@@ -238,7 +249,7 @@ class SequenceState:
             return []
         rows = [store.data for store in self.rows.values()]
         read = [] if self._read is None else [self._read[1]]
-        return [self.frontier.window, *self.frontier.values.values(), *rows, *read]
+        return [*self.frontier.arrays, *rows, *read]
 
     @property
     def n_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Snapshots on disk: a directory with a byte budget, shared by processes, outliving them all.
 
     segments/NAME.seg    the rows of 128 tokens; NAME is a hash chained over model and token ids
-    snapshots/NAME.snap  a frontier, the rows after the last whole segment, next-token logits
+    snapshots/NAME.snap  a frontier, and the rows after the last whole segment
     index.sqlite         what there is; rebuilt from the files' headers when it is lost
     lock                 held while a process writes or removes
 
@@ -107,8 +107,9 @@ class Store:
                 n: np.concatenate([*(part[f"rows.{n}"] for part in parts), a], axis=1)
                 for n, a in own.items()
             }
-            frontier = {n: a for n, a in arrays.items() if n == "window" or n[:7] == "values."}
-            return Image(ids, 0, rows, {}, frontier, arrays.get("logits"), header.get("seed"))
+            other = {"tail", *(f"rows.{n}" for n in own)}
+            frontier = {n: a for n, a in arrays.items() if n not in other}
+            return Image(ids, 0, rows, {}, frontier, header.get("seed"))
         return None
 
     def save(self, identity: str, image: Image, text: bytes) -> bool:
@@ -223,8 +224,6 @@ class Store:
             start = len(chain) * SEGMENT
             arrays = {"tail": image.tokens[start:], **image.frontier}
             arrays |= _rows(image, start, image.position)
-            if image.logits is not None:
-                arrays["logits"] = image.logits
             size = record.write(snapshot, header, arrays)
             record.flush_directory(self.directory / "snapshots")
             self._index.add(rows, _found(header, arrays, size, *past))
@@ -474,7 +473,6 @@ def _sizes(image: Image, n_stored: int) -> tuple[int, int]:
     rows = sum(array.nbytes for array in image.rows.values())
     token = rows / max(image.position - image.start, 1)
     fixed = sum(array.nbytes for array in image.frontier.values())
-    fixed += image.logits.nbytes if image.logits is not None else 0
     tail = image.position % SEGMENT
     return int(token * tail) + fixed + _HEADER, int(token * SEGMENT) + _HEADER
 
@@ -491,7 +489,6 @@ def _found(
         ids_hash=bytes.fromhex(header["ids_hash"]),
         text_bytes=int(header["text_bytes"]),
         text_hash=bytes.fromhex(header["text_hash"]),
-        has_logits="logits" in arrays,
         n_bytes=n_bytes,
         created=float(header["created"]),
         born=born,

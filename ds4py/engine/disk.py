@@ -104,7 +104,7 @@ class DiskSessions:
         return [
             found
             for found in self.store.prefixes(self._identity, text)
-            if (found.tokens < len(tokens) or (found.has_logits and found.tokens == len(tokens)))
+            if found.tokens <= len(tokens)
             and hashlib.sha256(ids[: 4 * found.tokens]).digest() == found.ids_hash
         ]
 

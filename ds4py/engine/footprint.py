@@ -126,7 +126,8 @@ def frontier_bytes(config: ModelConfig, rows: RowFormats, wide: int = 4) -> int:
     for _, plan in _compressed(config):
         width = config.head_dim + (config.index_head_dim if plan.indexed else 0)
         total += (plan.overlap * plan.ratio - 1) * 2 * plan.overlap * width * wide
-    return total
+    one = rows.attention.ops.zeros((1,), rows.attention.dtype)
+    return total + config.hc_mult * config.hidden_size * int(one.nbytes)
 
 
 def _compressed(config: ModelConfig) -> list[tuple[int, LayerPlan]]:

@@ -57,7 +57,7 @@ class Session:
         self._model = engine.model
         self._state = engine.model.new_state()
         self._tokens: list[int] = []
-        self._logits: mx.array | None = None  # [1, V] after the last token
+        self._logits: mx.array | None = None  # [1, V] after the last token, unless restored
         self._checkpoints = Checkpoints(checkpoint_bytes)
         self.reused = 0
         """How many tokens the last `sync` found in the state."""
@@ -101,17 +101,16 @@ class Session:
         check_tokens(wanted, self._engine.context, self._engine.config.vocab_size)
         self.chances = []
         common = 0 if top_logprobs is not None else common_prefix(self._tokens, wanted)
-        if not (common == len(wanted) == self.position and self._logits is not None):
-            self._return_to(min(common, len(wanted) - 1))  # the last token gives the logits
+        self._return_to(common)
         self.reused = self.position
         return self._prefill(wanted, chunk or self._engine.options.prefill_chunk, top_logprobs)
 
     def reusable(self, tokens: Sequence[int]) -> int:
         """How many tokens `sync(tokens)` would reuse. Changes nothing."""
         common = common_prefix(self._tokens, tokens)
-        if common == self.position and (common < len(tokens) or self._logits is not None):
+        if common == self.position:
             return common
-        found = self._checkpoints.best(min(common, len(tokens) - 1))
+        found = self._checkpoints.best(common)
         return found.position if found else 0
 
     def fork(self, position: int) -> Session:
@@ -186,13 +185,10 @@ class Session:
         if self._state.position != self.position:  # interrupted inside a step
             self._return_to(self.position - 1)
         if frontier is None or frontier.position == self.position:
-            logits = None if self._logits is None else np.array(self._logits, np.float32)
             here = self._state.frontier
             hot = np.array(self._engine.experts.hot_set(), np.int32).reshape(-1, 2)
             extra = {HOT: {"experts": hot}} if len(hot) else {}
-            return capture(
-                self._state, here, self._tokens, start, logits=logits, seed=self.seed, extra=extra
-            )
+            return capture(self._state, here, self._tokens, start, seed=self.seed, extra=extra)
         return capture(self._state, frontier, self._tokens, start, seed=self.seed)
 
     def adopt(self, image: Image) -> None:
@@ -205,8 +201,7 @@ class Session:
             for name, arrays in image.extra.items()
             if name.startswith("turn")
         ]
-        self._logits = None if image.logits is None else mx.array(image.logits)
-        self._state, self._tokens, self.seed = state, tokens, image.seed
+        self._state, self._tokens, self.seed, self._logits = state, tokens, image.seed, None
         self._checkpoints.forget_after(0)
         for turn in turns:
             self._checkpoints.add(turn, turn=True)
@@ -227,7 +222,7 @@ class Session:
         """Bytes of each array of state and checkpoints by its identity: forks share some."""
         rows = [store.data for store in self._state.rows.values()]
         kept = [self._state.frontier, *self._checkpoints.frontiers()]
-        arrays = rows + [a for f in kept for a in (f.window, *f.values.values())]
+        arrays = rows + [array for frontier in kept for array in frontier.arrays]
         return {id(array): int(array.nbytes) for array in arrays}
 
     def _tokens_of(
@@ -265,16 +260,18 @@ class Session:
         """Take a checkpoint, in memory of its own."""
         kept = self._state.checkpoint(frontier)
         if self._state.ops.lazy:
-            mx.async_eval(kept.window, kept.values)  # else its graph keeps the whole frontier
+            mx.async_eval(kept.arrays)  # else its graph keeps the whole frontier
         self._checkpoints.add(kept, turn)
 
     def _next_logits(self) -> mx.array:
-        if self._logits is None:
+        if not self._tokens:
             raise PromptError("the session is empty; sync a prompt first")
+        if self._logits is None:  # restored
+            self._logits = self._model.logits(self._state.frontier.streams)
         return self._logits
 
     def _return_to(self, position: int) -> None:
-        """Restore the best checkpoint at or before `position`, without logits."""
+        """Restore the best checkpoint at or before `position`."""
         if position == self.position == self._state.position:
             return
         found = self._checkpoints.best(position)

@@ -84,6 +84,11 @@ class Transformer:
         made = zip(sequences, zip(*added, strict=True), plans.rows, strict=True)
         return logits, [Delta(n, list(layers), streams.values[at]) for (_, n), layers, at in made]
 
+    def logits(self, streams: Array) -> mx.array:
+        """Float32 logits [n, V] of streams [n, H, D] that a step left: those it gave, or would
+        have."""
+        return self._logits(Streams(streams), streams.shape[0])
+
     def _logits(self, streams: Streams, n: int) -> mx.array:
         """Float32 logits of the last n positions, [n, V]."""
         if n == 0:

@@ -59,7 +59,7 @@ def generated(session: Session, n: int) -> list[int]:
 def arrays(session: Session) -> dict[str, bytes]:
     """Everything a session's future depends on."""
     image = session.image()
-    named = {**image.rows, **image.frontier, "tokens": image.tokens, "logits": image.logits}
+    named = {**image.rows, **image.frontier, "tokens": image.tokens, "logits": session.logits()}
     return {name: np.asarray(array).tobytes() for name, array in named.items()}
 
 

@@ -122,6 +122,8 @@ def test_sync_reuses_the_common_prefix(host: Engine, ids: list[int]) -> None:
     assert 192 <= session.sync(branch) <= 250
     assert session.tokens == branch
     np.testing.assert_array_equal(session.logits(), host.score(branch)[-1])
+    assert session.sync(branch[:192]) == 192, "a checkpoint knows what comes next"
+    np.testing.assert_array_equal(session.logits(), host.score(branch[:192])[-1])
 
 
 def test_an_abandoned_generation_keeps_what_was_handed_out(host: Engine, ids: list[int]) -> None:

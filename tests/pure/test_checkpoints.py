@@ -9,7 +9,7 @@ from ds4py.engine.checkpoints import MOST, Checkpoints
 
 
 def frontier(position: int) -> Frontier:
-    return Frontier(position, np.zeros(1000, np.uint8), {})
+    return Frontier(position, np.zeros(1000, np.uint8), {}, np.zeros(0))
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=200))

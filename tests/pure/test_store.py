@@ -3,13 +3,21 @@
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from ds4py.cache.rows import row_formats
+from ds4py.cache.snapshot import capture
+from ds4py.cache.state import SequenceState
 from ds4py.cache.store import SEGMENT, Store
+from ds4py.config import ModelConfig
 from ds4py.errors import InputError
+from ds4py.hub import manifest
+from ds4py.kernels.ops import MlxOps
 from tests.pure import images
 
 ROOM = 1 << 26
@@ -212,3 +220,23 @@ def test_a_habit_stays_until_it_is_given_up(tmp_path: Path) -> None:
     tries = next(n for n in range(2, 40) if save(store, images.ids(n, 900)))
     assert tries > 3 and longest(store, images.ids(tries, 900)) == 900
     store.close()
+
+
+@pytest.mark.parametrize("start", [8063, 8119])  # most rows to repeat; most of a frontier
+def test_a_turn_of_flash_costs_its_rows_and_a_frontier(store: Store, start: int) -> None:
+    known = manifest.load("flash")
+    assert known is not None
+    config = ModelConfig.from_dict(dict(known.config))
+    rows = row_formats(MlxOps(), config, mx.bfloat16, rounded=True, native=True)
+    state, end = SequenceState(config, config.layers, rows), start + 200
+    for s in state.series:
+        own = state.rows[s.name]
+        own.write(0, mx.zeros((len(s.layers), s.count(end), own.data.shape[2]), mx.uint8))
+    tokens, written = list(range(end)), []
+    for position in (start, end):
+        before, frontier = size(store), replace(state.frontier, position=position)
+        image = capture(state, frontier, tokens, store.stored_tokens(MODEL, tokens[:position]))
+        store.n_bytes = 1 << 30
+        assert store.save(MODEL, image, images.text(image.tokens))
+        written.append(size(store) - before)
+    assert written[1] < 200 * 3515 * 1.25 + 64 * 1024 + state.frontier.n_bytes
