@@ -19,6 +19,8 @@ class StopStrings:
 
         Once found, the text before the earliest stop string is the last to be shown.
         """
+        if not self._stops:
+            return text, False
         text = self._held + text
         hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:

@@ -139,7 +139,10 @@ class Inbox:
     def __init__(self, worker: Worker, requests: list[Request], bridge: Bridge) -> None:
         """Submits the requests. Raises Busy, NotReady."""
         self._bridge = bridge
-        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._gone = False
+        self._waiting: asyncio.Future[None] | None = None
         self._worker = worker
         self._n_delivered = 0  # changed by the worker's thread only
         self._n_taken = 0
@@ -149,33 +152,38 @@ class Inbox:
         ]
         worker.submit(self.jobs)
 
-    async def next(self, timeout: float) -> tuple[int, Event] | None:
-        """The next event and whose it is; None when there was none for `timeout` seconds.
+    async def take(self, timeout: float) -> list[tuple[int, Event]]:
+        """Some of the events that are there, and whose they are, as soon as there is one; none
+        when there was none for `timeout` seconds.
 
-        Raises ConnectionResetError when the client has gone.
+        Raises ConnectionResetError when the client has gone. A future of its own, because
+        `wait_for` on a queue takes five turns of the loop for every token.
         """
-        try:
-            return self._taken(await asyncio.wait_for(self._queue.get(), timeout))
-        except TimeoutError:
-            return None
-
-    def ready(self) -> list[tuple[int, Event]]:
-        """A few of the events that are there already. Raises as `next`."""
-        n = min(self._queue.qsize(), MOST_AT_ONCE)
-        return [self._taken(self._queue.get_nowait()) for _ in range(n)]
-
-    def _taken(self, item: tuple[int, Event] | None) -> tuple[int, Event]:
-        if item is None:
+        if not self._events and not self._gone:
+            self._waiting = self._loop.create_future()
+            timer = self._loop.call_later(timeout, self._wake)
+            try:
+                await self._waiting
+            finally:
+                timer.cancel()
+                self._waiting = None
+        if self._gone and not self._events:
             raise ConnectionResetError
-        self._n_taken += 1
-        return item
+        taken = [self._events.popleft() for _ in range(min(len(self._events), MOST_AT_ONCE))]
+        self._n_taken += len(taken)
+        return taken
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def watch(self, receive: Receive) -> None:
-        """Wait until the client has gone; then `next` says so, after what is already there."""
+        """Wait until the client has gone; then `take` says so, after what is already there."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.close()
-        self._queue.put_nowait(None)
+        self._gone = True
+        self._wake()
 
     def close(self) -> None:
         """Cancel what still runs."""
@@ -190,8 +198,8 @@ class Inbox:
             self._bridge.post(put, events)
 
         def put(events: list[Event]) -> None:
-            for event in events:
-                self._queue.put_nowait((index, event))
+            self._events.extend((index, event) for event in events)
+            self._wake()
 
         return deliver
 
@@ -267,11 +275,11 @@ class Stream(Answering):
 
     async def _frames(self) -> str:
         """What is there by now, as one write; a sign of life when there is nothing."""
-        item = await self._inbox.next(self._pace.beat_s)
-        if item is None:
+        events = await self._inbox.take(self._pace.beat_s)
+        if not events:
             return self._exchange.beat()
         frames = ""
-        for index, event in (item, *self._inbox.ready()):
+        for index, event in events:
             await self._add(index, event)
             frames += self._exchange.event(index, event)
         return frames
@@ -286,9 +294,10 @@ class Whole(Answering):
         try:
             wait = self._pace.whole_s
             while not self._complete:
-                item = await self._inbox.next(wait)
-                if item is not None:
-                    await self._add(*item)
+                events = await self._inbox.take(wait)
+                for index, event in events:
+                    await self._add(index, event)
+                if events:
                     continue
                 if not started:
                     await self._start(send, 200)
@@ -312,9 +321,12 @@ class Whole(Answering):
         await send({"type": "http.response.start", "status": status, "headers": self.raw_headers})
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def to_json(value: Any) -> str:
     """JSON for the wire. Half a surrogate pair, which no encoding has, is written as an escape."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _ENCODE(value)
     try:
         text.encode()
     except UnicodeEncodeError:
