@@ -132,7 +132,7 @@ def cache_curve(trace: Trace, sizes: Sequence[float] = CACHE_SIZES) -> list[Cach
     if not trace.steps:
         raise OptionsError("the trace has no steps; record a longer one")
     found, n_steps = [], len(trace.steps)
-    for slots in _slots(trace, sizes):
+    for slots in cache_slots(trace, sizes):
         for policy in simulate.POLICIES:
             counts = simulate.total(simulate.replay(trace, slots, policy))
             read = counts.misses + counts.prefetched
@@ -155,7 +155,7 @@ def ahead_curve(trace: Trace, sizes: Sequence[float] = CACHE_SIZES) -> list[Ahea
     """Every way at every size; "router" where the trace has its guesses."""
     ways = [way for way in PREFETCH if way != "router" or any(s.foreseen for s in trace.steps)]
     found, n_steps = [], max(1, len(trace.steps))
-    for slots in _slots(trace, sizes):
+    for slots in cache_slots(trace, sizes):
         for way in ways:
             counts = simulate.total(simulate.replay(trace, slots, "lru", way))
             read = counts.misses + counts.prefetched + counts.wasted
@@ -180,7 +180,7 @@ def swap_curve(trace: Trace, sizes: Sequence[float] = CACHE_SIZES) -> list[SwapR
     if not any(step.scored for step in trace.steps):
         return []
     found, n_steps = [], max(1, len(trace.steps))
-    for slots in _slots(trace, sizes):
+    for slots in cache_slots(trace, sizes):
         for regret in REGRETS:
             swaps = BoundedSwaps(regret)
             counts = simulate.total(simulate.replay(trace, slots, "lru", swaps=swaps))
@@ -189,7 +189,7 @@ def swap_curve(trace: Trace, sizes: Sequence[float] = CACHE_SIZES) -> list[SwapR
     return found
 
 
-def _slots(trace: Trace, sizes: Sequence[float]) -> list[int]:
+def cache_slots(trace: Trace, sizes: Sequence[float]) -> list[int]:
     """Sizes in tokens' worth of experts as slots."""
     least = trace.facts.n_layers * trace.facts.n_chosen
     most = trace.facts.n_layers * trace.facts.n_experts

@@ -35,6 +35,7 @@ def run(model: ModelChoice, settings: Settings, trace: str | None, tokens: int, 
         found, report["decode"] = _decode(settings, tokens)
     report["caches"], report["reuse"] = _caches(found), _reuse(found)
     report["ahead"], report["swaps"] = _ahead(found), _swaps(found)
+    report["router"] = _router(found)
     print(json.dumps(report | {"machine": machine.describe()}))
     return 0
 
@@ -143,6 +144,25 @@ def _ahead(trace: "Trace") -> list[dict[str, Any]]:
         print(f"{slots:6}{row}")
     print()
     return [asdict(r) for r in found]
+
+
+def _router(trace: "Trace") -> list[dict[str, Any]]:
+    """Whether reading what the next layer's router guesses would pay, on a clock that only counts;
+    nothing for a trace without guesses."""
+    from ds4py.bench import ahead, experts
+
+    if not any(step.foreseen for step in trace.steps):
+        return []
+    sizes = experts.cache_slots(trace, experts.CACHE_SIZES)
+    found = list(ahead.gains(trace, sizes))
+    print(f"the next layer's router guesses {100 * ahead.recall(trace):.0f} % of the experts")
+    head = "".join(f" {ratio:>6g}:1" for ratio in ahead.RATIOS)
+    print(f"{'slots':>6}{head}   tokens per second with its guesses, as a multiple, by")
+    for slots in sizes:
+        row = "".join(f" {g.speed:8.2f}" for g in found if g.slots == slots)
+        print(f"{slots:6}{row}" + ("   computing to reading" if slots == sizes[0] else ""))
+    print()
+    return [asdict(g) for g in found]
 
 
 def _swaps(trace: "Trace") -> list[dict[str, Any]]:
