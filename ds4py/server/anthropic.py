@@ -154,12 +154,12 @@ def conversation(body: CountBody) -> Conversation:
 class MessagesExchange:
     """One request and its answer."""
 
-    def __init__(self, body: MessagesBody, writer: PromptWriter) -> None:
-        """Raises ApiError, Overflow."""
+    def __init__(self, body: MessagesBody, writer: PromptWriter, request_id: str) -> None:
+        """request_id: told in errors, as in the header. Raises ApiError, Overflow."""
         if body.thread is not None:
             raise ApiError("threads are not kept here", param="thread", details=THREAD)
         self.streaming = body.stream
-        self._model = body.model or writer.model
+        self._model, self._request_id = body.model or writer.model, request_id
         self._id = f"msg_{secrets.token_hex(12)}"
         stop = check_stops(body.stop_sequences, "stop_sequences")
         sampling = {
@@ -214,7 +214,7 @@ class MessagesExchange:
         return frame(self.error(error), "error")
 
     def error(self, error: ApiError) -> dict[str, Any]:
-        return error.anthropic(self._id.replace("msg_", "req_"))
+        return error.anthropic(self._request_id)
 
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
         (answer,) = answers

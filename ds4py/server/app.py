@@ -192,16 +192,16 @@ Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 
 
 def answering(
-    model: type[Generating], make: Callable[[Generating, PromptWriter, Service], Exchange]
+    model: type[Generating], make: Callable[[Generating, Service, str], Exchange]
 ) -> Endpoint:
-    """An endpoint that generates: its body, and what makes an exchange of it."""
+    """An endpoint that generates: its body, and what makes an exchange of it and a request's id."""
 
     async def endpoint(request: HttpRequest) -> Response:
         service: Service = request.app.state.service
         body = await read_body(request, model)
-        writer = service.writer
         service.check_model(body.model)
-        return await service.answer(request, lambda: make(body, writer, service))
+        request_id: str = request.scope[REQUEST_ID]
+        return await service.answer(request, lambda: make(body, service, request_id))
 
     return endpoint
 
@@ -437,19 +437,21 @@ def as_api_error(failure: Exception) -> ApiError:
 
 ANSWERS: dict[str, Endpoint] = {
     "/v1/chat/completions": answering(
-        ChatBody, lambda body, writer, service: ChatExchange(body, writer, service.rules.thinking)
+        ChatBody,
+        lambda body, service, _: ChatExchange(body, service.writer, service.rules.thinking),
     ),
     "/v1/completions": answering(
-        CompletionBody, lambda body, writer, service: CompletionExchange(body, writer)
+        CompletionBody, lambda body, service, _: CompletionExchange(body, service.writer)
     ),
     "/v1/responses": answering(
         ResponsesBody,
-        lambda body, writer, service: ResponsesExchange(
-            body, writer, service.kept, service.rules.thinking
+        lambda body, service, _: ResponsesExchange(
+            body, service.writer, service.kept, service.rules.thinking
         ),
     ),
     "/v1/messages": answering(
-        MessagesBody, lambda body, writer, service: MessagesExchange(body, writer)
+        MessagesBody,
+        lambda body, service, request_id: MessagesExchange(body, service.writer, request_id),
     ),
     "/v1/responses/input_tokens": input_tokens,
     "/v1/responses/{id}": stored,
