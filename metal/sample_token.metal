@@ -10,8 +10,7 @@
 // Half a megabyte is read twice, the second time from cache: 20 us against the 20 ms of a token, so
 // one launch is better than a split and its second pass.
 #include "noise.h"
-
-constant constexpr uint SAMPLE_THREADS = 512;
+#include "sampling.h"
 
 struct Best {
   float value;
@@ -56,11 +55,8 @@ for (uint pass = GREEDY ? 1 : 0; pass < 2; pass++) {
   for (uint id = thread_id; id < V; id += SAMPLE_THREADS) {
     float x = logits[base + id];
     if (PENALISED) {
-      const float count = counts[base + id];
-      if (in_prompt[base + id] || count > 0.0f) {
-        x = x > 0.0f ? x / settings[row * 5 + 2] : x * settings[row * 5 + 2];
-      }
-      x = x - (count > 0.0f ? settings[row * 5 + 3] : 0.0f) - settings[row * 5 + 4] * count;
+      x = penalised(x, in_prompt[base + id], counts[base + id], settings[row * 5 + 2],
+                    settings[row * 5 + 3], settings[row * 5 + 4]);
     }
     if (BIASED) x += bias[base + id];
     x = x / temperature;

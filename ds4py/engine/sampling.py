@@ -7,8 +7,9 @@ steps were batched, and a verified draft can be compared with the token that wou
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -24,8 +25,6 @@ Logprobs = tuple[float, tuple[tuple[int, float], ...]]
 
 ANY = mx.array([-np.inf], mx.float32)
 """No logit is too small to be drawn."""
-BOUNDS = "the least logit within top-k and top-p"
-"""What is computed with MLX's operations, also where a kernel draws."""
 
 
 class Constraint(Protocol):
@@ -55,7 +54,7 @@ class Sampler:
         launcher: Launcher | None = None,
     ):
         """launcher: draws with the Metal kernel; None: with MLX's operations, the same tokens."""
-        self.options, self._launcher = options, launcher
+        self.options = options
         self._constraint = constraint
         self._last: mx.array | None = None  # the token the constraint was not told of yet
         self._bias = _bias(options, vocab_size) if options.logit_bias else None
@@ -64,6 +63,13 @@ class Sampler:
         log_min_p = float(np.log(o.min_p)) if o.min_p > 0 else -np.inf
         penalties = (o.repetition_penalty, o.presence_penalty, o.frequency_penalty)
         self._settings = mx.array([[o.temperature, log_min_p, *penalties]])
+        self._drawn = mx.array([[1.0, log_min_p, 1.0, 0.0, 0.0]])  # of logits that are scaled
+        self._bounds = mx.array([[float(o.top_k), o.top_p]])
+        self._bound: Callable[..., Any] = sample.bound_ref
+        self._draw: Callable[..., Any] = sample.token_ref
+        if launcher is not None:
+            self._bound = partial(sample.bound, launcher)
+            self._draw = partial(sample.token, launcher)
         self._in_prompt = self._counts = None
         if penalties != (1, 0, 0):
             in_prompt = np.zeros((1, vocab_size), bool)
@@ -74,18 +80,12 @@ class Sampler:
         """float32 logits [V] after `position` tokens -> the next token's id, a lazy scalar."""
         logits, o, seen = logits[None], self.options, (self._in_prompt, self._counts)
         bias = self._bias if self._constraint is None else self._constrain(self._constraint)
-        lowest = ANY
-        if o.temperature and (o.top_k or o.top_p < 1):
-            if self._launcher is not None:
-                self._launcher.plain[BOUNDS] += 1
-            scaled = sample.adjusted(logits, self._settings, *seen, bias) / o.temperature
-            lowest = least(scaled[0], o)[None]
         key = mx.array(sample.noise_key(self.seed, position)[None])
-        given = (logits, self._settings, key, lowest, *seen, bias, o.temperature == 0)
-        if self._launcher is None:
-            token = sample.token_ref(*given)
+        if o.temperature and (o.top_k or o.top_p < 1):
+            scaled, lowest = self._bound(logits, self._settings, self._bounds, *seen, bias)
+            token = self._draw(scaled, self._drawn, key, lowest)
         else:
-            token = sample.token(self._launcher, *given)
+            token = self._draw(logits, self._settings, key, ANY, *seen, bias, o.temperature == 0)
         if self._counts is not None:
             self._counts = self._counts.at[0, token].add(1)
         self._last = token.squeeze(0)
@@ -120,18 +120,3 @@ def logprobs(logits: mx.array, token: int, n: int) -> Logprobs:
     values = np.array(logits - mx.logsumexp(logits))
     likeliest = np.argsort(-values, kind="stable")[:n]
     return float(values[token]), tuple((int(i), float(values[i])) for i in likeliest)
-
-
-def least(logits: mx.array, options: SamplingOptions) -> mx.array:
-    """The smallest of logits [V] inside top-k and, of what that leaves, top-p: a scalar.
-
-    The most likely token always stays. Ties at a boundary stay together.
-    """
-    ordered = mx.sort(logits)[::-1]
-    k = min(options.top_k or logits.shape[0], logits.shape[0])
-    lowest = ordered[k - 1]
-    if options.top_p < 1:
-        p = mx.softmax(mx.where(ordered < lowest, -mx.inf, ordered), precise=True)
-        kept = mx.cumsum(p) - p < options.top_p  # what comes before is short of top_p
-        lowest = mx.maximum(lowest, mx.min(mx.where(kept, ordered, mx.inf)))
-    return lowest

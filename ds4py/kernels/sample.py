@@ -101,6 +101,57 @@ def token_ref(
     return mx.argmax(x, axis=-1).astype(mx.int32)
 
 
+def bound(
+    launcher: Launcher,
+    logits: Array,
+    settings: Array,
+    bounds: Array,
+    in_prompt: Array | None = None,
+    counts: Array | None = None,
+    bias: Array | None = None,
+) -> tuple[Array, Array]:
+    """Logits after penalties, bias and temperature [S, V], and the smallest of each row inside
+    top-k and, of what that leaves, top-p [S]. Ties at a boundary stay together.
+
+    bounds float32 [S, 2]: k, 0 for all, and p; the rest as for `token`.
+    """
+    n, v = logits.shape
+    assert settings.shape == (n, len(SETTINGS)) and bounds.shape == (n, 2)
+    assert (in_prompt is None) == (counts is None)
+    template = (("V", v), ("PENALISED", counts is not None), ("BIASED", bias is not None))
+    optional = (logits if x is None else x for x in (in_prompt, counts, bias))
+    scaled, lowest = launcher.launch(
+        "sample_bound",
+        (logits, *optional, bounds, settings),
+        template,
+        (THREADS, n, 1),
+        (THREADS, 1, 1),
+        [((n, v), mx.float32), ((n,), mx.float32)],
+    )
+    return scaled, lowest
+
+
+def bound_ref(
+    logits: Array,
+    settings: Array,
+    bounds: Array,
+    in_prompt: Array | None = None,
+    counts: Array | None = None,
+    bias: Array | None = None,
+) -> tuple[Array, Array]:
+    """What `bound` computes."""
+    scaled = adjusted(logits, settings, in_prompt, counts, bias) / settings[:, :1]
+    ordered = mx.sort(scaled, axis=1)[:, ::-1]
+    n, v = ordered.shape
+    k = mx.where(bounds[:, :1] > 0, mx.minimum(bounds[:, :1], v), v).astype(mx.int32)
+    lowest = mx.take_along_axis(ordered, k - 1, axis=1)
+    p = mx.softmax(mx.where(ordered < lowest, -mx.inf, ordered), axis=1, precise=True)
+    p = mx.where(bounds[:, 1:] < 1, p, 0)  # none is ever reached
+    kept = mx.cumsum(p, axis=1) - p < bounds[:, 1:]  # what comes before is short of it
+    least = mx.where(kept, ordered, mx.inf).min(1, keepdims=True)
+    return scaled, mx.maximum(lowest, least).reshape(n)
+
+
 def adjusted(
     logits: Array,
     settings: Array,

@@ -124,9 +124,9 @@ def test_equal_logits_give_the_lowest_id() -> None:
         ("if (x < limit) continue;", ""),
         ("best.value + settings[row * 5 + 1]", "best.value"),
         ("max(lowest[row],", "max(-INFINITY,"),
-        ("in_prompt[base + id] || count", "count"),
-        ("settings[row * 5 + 4] * count", "settings[row * 5 + 4]"),
-        ("x > 0.0f ? x / settings", "x <= 0.0f ? x / settings"),
+        ("in_prompt || count > 0.0f", "count > 0.0f"),
+        ("frequency * count", "frequency"),
+        ("x > 0.0f ? x / repetition", "x <= 0.0f ? x / repetition"),
         ("if (BIASED) x += bias[base + id];", ""),
         ("i < SAMPLE_THREADS / 32; i++) best", "i < 1; i++) best"),
         ("noise_key[row * 2 + 1]", "noise_key[1]"),
@@ -140,3 +140,83 @@ def test_token_planted(change: tuple[str, str]) -> None:
             case.compare(case.run(launcher))
 
     caught(check, {"sample_token": change})
+
+
+class Bound:
+    """Rows with logits, settings and bounds of their own."""
+
+    def __init__(self, n: int, v: int, optional: bool = False, ties: bool = False):
+        self.case = Case(n, v, optional, optional)
+        rng = np.random.default_rng(n * v)
+        k = rng.choice([0, 1, 2, v // 3, v, v + 5], n).astype(np.float32)
+        self.bounds = np.stack([k, rng.choice([1, 0.9, 0.5, 1e-6, 0.999], n)], 1)
+        self.bounds[:2] = [[min(v, 7), 0.8], [0, 0.3]][:n]
+        if ties:
+            self.case.logits = mx.round(self.case.logits)
+
+    def run(self, launcher: Launcher) -> Any:
+        given = (self.case.logits, self.case.settings, mx.array(self.bounds.astype(np.float32)))
+        return list(sample.bound(launcher, *given, **self.case.optional))
+
+    def compare(self, made: Any) -> None:
+        """The k of float sums may end one place before or after a boundary of p."""
+        scaled, lowest = host(made)
+        wanted = np.array(self.case.scaled(False))
+        np.testing.assert_allclose(scaled, wanted, rtol=1e-6)
+        for x, least, (k, p) in zip(scaled.astype(np.float64), lowest, self.bounds, strict=True):
+            ordered = np.sort(x)[::-1]
+            within = ordered[int(k) - 1] if 0 < k <= len(x) else ordered[-1]
+            if p >= 1:
+                assert least == within or (least == -np.inf and k == 0)
+                continue
+            mass = np.where(x >= within, np.exp(x - x.max()), 0)
+            mass /= mass.sum()
+            assert least in x and mass[x > least].sum() < p + 1e-5
+            assert mass[x >= least].sum() >= p - 1e-5
+
+
+@pytest.mark.shader
+@pytest.mark.parametrize(("n", "v"), [(1, 5), (3, 96), (9, 1500)])
+@pytest.mark.parametrize("optional", [False, True])
+def test_bound(n: int, v: int, optional: bool) -> None:
+    case = Bound(n, v, optional, ties=n == 9)
+    for made in shader_runs(case.run):
+        case.compare(made)
+    given = (case.case.logits, case.case.settings, mx.array(case.bounds.astype(np.float32)))
+    case.compare(sample.bound_ref(*given, **case.case.optional))
+
+
+@LATER
+@pytest.mark.shader
+def test_bound_of_flash() -> None:
+    case = Bound(1, 129280)
+    for made in shader_runs(case.run):
+        case.compare(made)
+
+
+@LATER
+@pytest.mark.shader
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("key >= found + (i << shift)", "key > found + (i << shift)"),
+        ("if (key < least) continue;", ""),
+        ("exp(x - highest)", "exp(x)"),
+        ("shift >= 0; shift -= 2", "shift >= 2; shift -= 2"),
+        ("sums[i] >= enough", "sums[i] > enough"),
+        ("bounds[row * 2 + 1] * sums[0]", "bounds[row * 2 + 1]"),
+        ("x = x / settings[row * 5];", ""),
+        ("j < SAMPLE_THREADS / 32", "j < 1"),
+        ("? key ^ 0x80000000u : ~key", "? key ^ 0x80000000u : key"),
+    ],
+)
+def test_bound_planted(change: tuple[str, str]) -> None:
+    cases = [Bound(40, 96, True), Bound(40, 600, ties=True)]
+    cases[0].case.logits = cases[0].case.logits - 4
+    cases[1].case.logits = cases[1].case.logits + 200
+
+    def check(launcher: Launcher) -> None:
+        for case in cases:
+            case.compare(case.run(launcher))
+
+    caught(check, {"sample_bound": change})

@@ -15,8 +15,8 @@ import pytest
 
 from ds4py import Engine, EngineOptions, SamplingOptions, assets
 from ds4py.cli.experts import counters
-from ds4py.engine.sampling import BOUNDS
 from ds4py.kernels.build import Launcher
+from ds4py.model.metal import EXPERTS
 from tests.experts import models
 from tests.golden import sets
 
@@ -72,8 +72,9 @@ def test_formats_of_released_checkpoints(chunks: list[int]) -> None:
     [
         SamplingOptions(max_tokens=32, temperature=0, stop_at_eos=False),
         SamplingOptions(max_tokens=8, seed=5, presence_penalty=0.5, stop_at_eos=False),
+        SamplingOptions(max_tokens=4, seed=5, top_k=40, top_p=0.9, stop_at_eos=False),
     ],
-    ids=["greedy", "drawn"],
+    ids=["greedy", "drawn", "of the likeliest"],
 )
 def test_the_two_bit_model_writes_the_same_tokens(sampling: SamplingOptions) -> None:
     written, logits = [], []
@@ -91,13 +92,15 @@ def test_the_two_bit_model_writes_the_same_tokens(sampling: SamplingOptions) -> 
 
 def test_what_kernels_do_not_compute_is_counted() -> None:
     _, metal = engines(TWO_BIT)
-    session = metal.session()
-    session.sync(some_tokens(12))
+    session, seen = metal.session(), []
+    session.sync(some_tokens(2))
     assert metal.stats()["kernels"]["plain"] == {}
-    list(session.generate(SamplingOptions(max_tokens=2, seed=1, top_k=5)))
-    assert metal.stats()["kernels"]["plain"] == {BOUNDS: 3}, "one token is drawn ahead"
+    metal.experts.observe = lambda layer, *_: seen.append(layer)
+    session.sync(some_tokens(3))
+    layers = len(metal.config.layers)
+    assert len(seen) == layers and metal.stats()["kernels"]["plain"] == {EXPERTS: layers}
     said = counters(metal.stats())
-    assert f"; {BOUNDS}: by MLX's own operations, 3 times" in said
+    assert f"; {EXPERTS}: by MLX's own operations, {layers} times" in said
     assert counters({"experts": {}, "kernels": {}}) == ""
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds4py import SamplingOptions
-from ds4py.engine.sampling import Sampler, least, logprobs
+from ds4py.engine.sampling import Sampler, logprobs
 from ds4py.errors import OptionsError
 from ds4py.kernels import sample
 
@@ -51,7 +51,9 @@ def test_restriction(values: list[float], top_k: int, top_p: float, min_p: float
 
 
 def kept(logits: Any, options: SamplingOptions) -> set[int]:
-    limit = float(least(mx.array(logits), options))
+    settings = mx.array([[1.0, -np.inf, 1.0, 0.0, 0.0]])
+    bounds = mx.array([[float(options.top_k), options.top_p]])
+    limit = float(sample.bound_ref(mx.array(logits)[None], settings, bounds)[1].item())
     if options.min_p:
         limit = max(limit, float(logits.max() + np.float32(np.log(options.min_p))))
     return {int(t) for t in np.flatnonzero(logits >= limit)}
