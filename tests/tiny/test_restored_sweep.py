@@ -1,5 +1,6 @@
 """Saved at every phase of the model's ratios, restored in another process, continued by 256 tokens:
-bit for bit as if it had never stopped, alone and four at a time. The indexer selects throughout.
+bit for bit as if it had never stopped, read in chunks or drawn token by token, alone and several at
+a time. The indexer selects throughout.
 """
 
 import json
@@ -18,33 +19,28 @@ from tests.tiny.restore_runner import AHEAD, digest, sampled
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 512
 PHASES = range(FIRST, FIRST + 128)
-DECODED = range(FIRST, FIRST + 128, 9)[:12]
-"""Positions from which tokens are drawn one by one, at phases of all kinds."""
 
 
 @pytest.mark.long
 def test_every_phase(tmp_path: Path) -> None:
     engine = Engine.open("tiny", EngineOptions(prefill_chunk=64))
     assert engine.config.index_topk < FIRST / 4
-    ids = make_prompt(engine, PHASES[-1] + AHEAD)
     disk = DiskSessions(engine, Store.open(tmp_path / "kv", 1 << 40))
     session, expected = engine.session(), {}
-    for end in range(FIRST, len(ids) + 1):
-        session.sync(ids[:end])
-        if end in PHASES:
+    session.sync(make_prompt(engine, FIRST))
+    assert disk.keep(session)
+    for _ in session.generate(sampled(PHASES[-1] + AHEAD - FIRST)):
+        if session.position in PHASES:
             assert disk.keep(session)
-        if end - AHEAD in PHASES:
-            expected[end - AHEAD] = digest(session)
-    drawn = {}
-    for position in DECODED:
-        session = engine.session()
-        session.sync(ids[:position])
-        assert len(list(session.generate(sampled(position)))) == AHEAD
-        drawn[position] = digest(session)
+        if (start := session.position - AHEAD) in PHASES:
+            expected[start] = digest(session)
+    assert list(expected) == list(PHASES)
+    ids = session.tokens
     fours = [[p, p + 32, p + 64, p + 96] for p in PHASES[:32]]
+    eights = [list(PHASES[n : n + 8]) for n in range(0, 128, 8)]
     work = [("alone", list(PHASES)), *(("interleaved", four) for four in fours)]
-    work += [("generated", list(DECODED[n : n + 4])) for n in range(0, 8, 4)]
-    work += [("generated", [position]) for position in DECODED[8:]]
+    work += [("generated", eight) for eight in eights]
+    work += [("generated", [FIRST + 127]), ("generated", fours[9])]
     job = {"folder": str(tmp_path / "kv"), "ids": ids, "work": work}
     done = subprocess.run(
         [sys.executable, "-m", "tests.tiny.restore_runner"],
@@ -53,5 +49,4 @@ def test_every_phase(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for (how, positions), found in zip(work, json.loads(done.stdout), strict=True):
         for position in positions:
-            wanted = drawn if how == "generated" else expected
-            assert found[str(position)] == wanted[position], (how, position)
+            assert found[str(position)] == expected[position], (how, position)
