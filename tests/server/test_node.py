@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.process import Served
+
 pytestmark = pytest.mark.long
 
 HERE = Path(__file__).parent
@@ -72,18 +74,31 @@ def node_folder(tmp_path: Path, packages: list[str]) -> Path:
     return tmp_path
 
 
-def test_the_official_clients(tmp_path: Path) -> None:
-    folder = node_folder(tmp_path, PACKAGES)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the clients are."""
+    return node_folder(tmp_path_factory.mktemp("node"), PACKAGES)
+
+
+def run_in(folder: Path, name: str, url: str) -> str:
+    """What a program says of a server."""
+    program = folder / name  # a module is resolved from where the program lies
+    program.write_text((HERE / name).read_text(encoding="utf-8"), encoding="utf-8")
+    command = ["node", str(program), url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.stdout + done.stderr
+
+
+def test_the_official_clients(tmp_path: Path, folder: Path) -> None:
     calls, word = answer("look", "where", "a &lt; b"), "I know.</think>The word is XYZZY."
     # One text for each request of the program, in its order.
     answers = [calls, word, calls, word, calls, word, calls, word, calls, word, calls, word]
-    program = folder / "node_clients.mjs"  # a module is resolved from where the program lies
-    program.write_text((HERE / "node_clients.mjs").read_text(encoding="utf-8"), encoding="utf-8")
     with scripted(tmp_path, answers) as url:
-        done = subprocess.run(
-            ["node", str(program), url], capture_output=True, text=True, timeout=120, check=False
-        )
-    assert done.stdout == "ok\n", done.stderr
+        assert run_in(folder, "node_clients.mjs", url) == "ok\n"
+
+
+def test_features_of_the_official_clients(served: Served, folder: Path) -> None:
+    assert run_in(folder, "node_features.mjs", served.url) == "ok\n"
 
 
 def agent(name: str) -> str:
