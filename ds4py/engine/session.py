@@ -34,6 +34,8 @@ HOT = "hot"
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
+Chunk = int | Callable[[], int]
+"""Most tokens of a slice, or what says it before each."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Session:
         return self.reused
 
     def sync_slices(
-        self, tokens: Sequence[int], chunk: int | None = None, top_logprobs: int | None = None
+        self, tokens: Sequence[int], chunk: Chunk | None = None, top_logprobs: int | None = None
     ) -> Iterator[tuple[int, int]]:
         """`sync` in slices of at most `chunk` tokens: yields (done, total) after each.
 
@@ -292,7 +294,7 @@ class Session:
                 pass
 
     def _prefill(
-        self, tokens: list[int], chunk: int, top_logprobs: int | None = None
+        self, tokens: list[int], chunk: Chunk, top_logprobs: int | None = None
     ) -> Iterator[tuple[int, int]]:
         """Step over tokens[position:], in chunks that end on the checkpoint grid.
 
@@ -304,7 +306,8 @@ class Session:
             self._keep(state.frontier, turn=True)
         while self.position < len(tokens):
             here, began = self.position, perf_counter()
-            size = self._engine.pacer.chunk(chunk) if self._engine.pacer else chunk
+            most = chunk if isinstance(chunk, int) else chunk()
+            size = self._engine.pacer.chunk(most) if self._engine.pacer else most
             end = min(here - here % size + size, len(tokens))
             n_logits = int(end == len(tokens)) if top_logprobs is None else end - here
             logits, delta = self._model.step(mx.array(tokens[here:end]), state, n_logits)

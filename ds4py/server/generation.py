@@ -6,7 +6,7 @@ token, at a time. Knows sessions and the parser, not threads or protocols.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
@@ -81,13 +81,13 @@ class Generation:
         self._calls_ended = 0
         self._decoding_since: float | None = None
 
-    def read(self, session: Session, size: int) -> Iterator[tuple[int, int]]:
-        """Bring the session to the prompt, yielding (done, total) after each slice of `size`."""
+    def read(self, session: Session, size: Callable[[], int]) -> Iterator[tuple[int, int]]:
+        """Bring the session to the prompt, yielding (done, total) after each slice; `size` says
+        before each how long it may be."""
         start = perf_counter()
         scored = self.request.scored
-        if scored is not None:
-            size = min(size, SCORED_SLICE)
-        slices = session.sync_slices(self.prompt, size, scored)
+        most = size if scored is None else lambda: min(size(), SCORED_SLICE)
+        slices = session.sync_slices(self.prompt, most, scored)
         self.cached = session.reused
         for progress in slices:
             self.prefill_s += perf_counter() - start

@@ -253,8 +253,7 @@ class Worker:
     def _read_one(self) -> None:
         """The first prompt's next slice; then that prompt goes to the end of the line."""
         assert self.engine is not None
-        writing = any(job.tokens is not None for job in self._active)
-        if writing and perf_counter() < self._decode_until:
+        if self._writing and perf_counter() < self._decode_until:
             return
         job = next((job for job in self._active if job.tokens is None), None)
         if job is None:
@@ -264,14 +263,13 @@ class Worker:
         start = perf_counter()
         try:
             if job.reading is None:
-                size = SLICE if writing else self.engine.options.prefill_chunk
-                job.reading = generation.read(session, size)
+                job.reading = generation.read(session, self._slice)
             progress = next(job.reading, None)
             if progress is not None:
                 self.counters.read_tokens += progress[0] - job.n_read
                 job.n_read = progress[0]
                 job.deliver([Reading(*progress)])
-            else:
+            if progress is None or progress[0] == progress[1]:
                 self._deliver(job, generation.begin(session, self.engine.context))
                 if generation.finished is None:
                     job.tokens = generation.stream(session)
@@ -282,6 +280,15 @@ class Worker:
             self._active.append(job)
         now = perf_counter()
         self._decode_until = now + (now - start)
+
+    @property
+    def _writing(self) -> bool:
+        return any(job.tokens is not None for job in self._active)
+
+    def _slice(self) -> int:
+        """Tokens of the next slice, whoever came first: short while answers are running."""
+        assert self.engine is not None
+        return SLICE if self._writing else self.engine.options.prefill_chunk
 
     def _write_one(self, job: Job) -> None:
         """The next token of an answer."""

@@ -86,18 +86,18 @@ class ScriptedSession:
         return len(self.tokens)
 
     def sync_slices(
-        self, tokens: Sequence[int], chunk: int, top_logprobs: int | None = None
+        self, tokens: Sequence[int], chunk: Callable[[], int], top_logprobs: int | None = None
     ) -> Iterator[tuple[int, int]]:
         check_tokens(list(tokens), self.engine.context, self.engine.config.vocab_size)
         self.reused = common_prefix(self.tokens, tokens)
         self.tokens, self.rest = self.tokens[: self.reused], []
         return self._read(list(tokens), chunk)
 
-    def _read(self, tokens: list[int], chunk: int) -> Iterator[tuple[int, int]]:
+    def _read(self, tokens: list[int], chunk: Callable[[], int]) -> Iterator[tuple[int, int]]:
         total = len(tokens) - self.reused
         while self.position < len(tokens):
             self.engine.script.before_slice(self.position)
-            self.tokens = tokens[: self.position + chunk]
+            self.tokens = tokens[: self.position + chunk()]
             yield self.position - self.reused, total
 
     def generate(self, options: Any, constraint: Any = None) -> Iterator[Token]:

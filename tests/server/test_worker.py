@@ -10,7 +10,7 @@ import pytest
 from ds4py import Engine, SamplingOptions
 from ds4py.engine.scheduler import Scheduler
 from ds4py.server.request import Failed, Finished, Reading, Request
-from ds4py.server.worker import Job, Worker
+from ds4py.server.worker import SLICE, Job, Worker
 from ds4py.text import chat
 from ds4py.text.events import Content
 
@@ -93,6 +93,26 @@ def test_between_two_slices_of_a_prompt_answers_go_on(worker: Worker, engine: En
     assert len(slices) >= 5
     gaps = [b - a for a, b in itertools.pairwise(slices)]
     assert min(gaps) >= 2  # something was written between any two
+
+
+def test_slices_become_short_when_an_answer_begins(worker: Worker, engine: Engine) -> None:
+    """Whichever came first: an answer that begins while a prompt is read waits for short ones."""
+    answer = Asked(engine, QUESTIONS[1], 200, ends=False)
+
+    class First(Asked):
+        def take(self, events: list[Any]) -> None:
+            if not self.events:
+                worker.submit([answer])
+            super().take(events)
+
+    reading = First(engine, "A longer prompt that is there first. " * 250, 1)
+    worker.submit([reading])
+    assert reading.over.wait(120)
+    worker.cancel([answer])
+    done = [event.done for event in reading.events if isinstance(event, Reading)]
+    sizes = [b - a for a, b in itertools.pairwise([0, *done])]
+    assert sizes[0] == engine.options.prefill_chunk
+    assert sizes[-2] <= SLICE
 
 
 def test_what_was_read_before_a_client_left_is_not_read_again(
