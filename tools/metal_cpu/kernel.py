@@ -103,13 +103,15 @@ class Kernel:
         seed: int = 0,
         mode: str = "fast",
         workers: int | None = None,
+        sampled: int = 0,
     ) -> list[Any]:
         """One launch; the outputs, as numpy arrays or, if any input is one, as MLX arrays.
 
         grid counts threads. seed: order of lanes, simdgroups and threadgroups, and the garbage in
         fresh memory; 0 is the natural order. mode: "fast", or "check" for races, bounds,
         uninitialised memory and counters. init_value: outputs start with it, not with garbage.
-        workers: threads to use; None: as many as pay off.
+        workers: threads to use; None: as many as pay off. sampled: run so many threadgroups only,
+        spread over the grid, to count what a large launch reads; 0: all.
         Raises ShaderError for text that does not compile and for everything the launch finds.
         """
         given = [arrays.as_numpy(x) for x in inputs]
@@ -138,7 +140,8 @@ class Kernel:
             for output in outputs:
                 output.fill(init_value)
         hosts = self._hosts(variant.signature, given, outputs)
-        self._run(variant, hosts, init_value is not None, grid, threadgroup, (seed, mode, workers))
+        how = (seed, mode, workers, sampled)
+        self._run(variant, hosts, init_value is not None, grid, threadgroup, how)
         if any(isinstance(x, mx.array) for x in inputs):
             return [arrays.as_mlx(x) for x in outputs]
         return outputs
@@ -171,14 +174,14 @@ class Kernel:
         initialised: bool,
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
-        how: tuple[int, str, int | None],
+        how: tuple[int, str, int | None, int],
     ) -> None:
         group = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
         if min(group) < 1:
             raise ValueError(f"{self.name}: grid {grid}, threadgroup {threadgroup}: need >= 1")
         if group[0] * group[1] * group[2] > MAX_THREADS:
             raise ValueError(f"{self.name}: threadgroup {group} has over {MAX_THREADS} threads")
-        seed, mode, workers = how
+        seed, mode, workers, sampled = how
         if workers is None:
             n_threads = grid[0] * grid[1] * grid[2]
             workers = 1 if n_threads < WORTH_A_WORKER else os.cpu_count() or 1
@@ -192,7 +195,7 @@ class Kernel:
             state.entry, state.buffers = variant.entry, c.addressof(variant.buffers)
             state.n_buffers, state.check = len(hosts), mode == "check"
             state.grid[:], state.group[:] = grid, group
-            state.seed, state.n_workers = seed, workers
+            state.seed, state.n_workers, state.n_sampled = seed, workers, sampled
             run(c.addressof(state))
             reports = ()
             if state.n_reports:

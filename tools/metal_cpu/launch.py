@@ -61,6 +61,7 @@ class CLaunch(c.Structure):
         ("seed", c.c_uint64),
         ("n_workers", c.c_uint32),
         ("n_reports", c.c_uint32),
+        ("n_sampled", c.c_uint64),
         ("reports", CReport * MAX_REPORTS),
         ("arrays", (c.c_char * 32) * MAX_ARRAYS),
         ("array_sizes", c.c_uint32 * MAX_ARRAYS),

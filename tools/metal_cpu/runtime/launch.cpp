@@ -14,7 +14,7 @@
 
 extern "C" void msl_resume();
 void prepare_worker(Worker* w, msl_launch* l, const uint64_t* bases, uint32_t number);
-void run_worker(Worker* w, uint64_t n_groups, uint64_t* counter, uint32_t* failed);
+void run_worker(Worker* w, uint64_t n_groups, uint64_t n_all, uint64_t* counter, uint32_t* failed);
 
 enum { MAX_WORKERS = 16 };
 static const size_t GUARD = 1 << 20;
@@ -191,7 +191,7 @@ static void make_stacks(uint32_t number, uint32_t n) {
 struct Work {
   msl_launch* launch;
   const uint64_t* bases;
-  uint64_t n_groups, counter;
+  uint64_t n_groups, n_all, counter;
   uint32_t failed, busy, wanted, generation;
 };
 static Work work;
@@ -205,7 +205,7 @@ static void work_as(uint32_t number) {
   own.ss_sp = w->signal_stack, own.ss_size = 1 << 16;
   sigaltstack(&own, &old);
   prepare_worker(w, work.launch, work.bases, number);
-  run_worker(w, work.n_groups, &work.counter, &work.failed);
+  run_worker(w, work.n_groups, work.n_all, &work.counter, &work.failed);
   w->launch = nullptr;
   sigaltstack(&old, nullptr);
 }
@@ -276,18 +276,19 @@ extern "C" void msl_run(msl_launch* l) {
     fill_buffer(l->buffers[i], regions[i], l->seed);
     bases[i] = (uint64_t)l->buffers[i].base;
   }
-  uint64_t n_groups = 1;
-  for (int i = 0; i < 3; i++) n_groups *= (l->grid[i] + l->group[i] - 1) / l->group[i];
+  uint64_t n_all = 1;
+  for (int i = 0; i < 3; i++) n_all *= (l->grid[i] + l->group[i] - 1) / l->group[i];
+  uint64_t n_groups = l->n_sampled && l->n_sampled < n_all ? l->n_sampled : n_all;
   uint32_t n = l->n_workers < n_groups ? l->n_workers : (uint32_t)n_groups;
   if (n > MAX_WORKERS) n = MAX_WORKERS;
   l->n_reports = 0;
   memset(l->array_sizes, 0, sizeof l->array_sizes);
   install_handlers();
-  work.launch = l, work.bases = bases, work.n_groups = n_groups;
+  work.launch = l, work.bases = bases, work.n_groups = n_groups, work.n_all = n_all;
   work.counter = 0, work.failed = 0;
   if (l->check) check_begin(l);
   run_on_workers(l->check || n < 1 ? 1 : n, l->group[0] * l->group[1] * l->group[2]);
-  if (l->check) check_end(l, !work.failed);
+  if (l->check) check_end(l, !work.failed && n_groups == n_all);
   for (uint32_t i = 0; i < l->n_buffers; i++) {
     msl_buffer& b = l->buffers[i];
     int64_t past = written_past_end(b, regions[i]);

@@ -345,8 +345,9 @@ void prepare_worker(Worker* w, msl_launch* l, const uint64_t* bases, uint32_t nu
   }
 }
 
-// Takes threadgroups from the shared counter until none is left or somebody failed.
-void run_worker(Worker* w, uint64_t n_groups, uint64_t* counter, uint32_t* failed) {
+// Takes threadgroups from the shared counter until none is left or somebody failed. Of the grid's
+// n_all, n_groups are run.
+void run_worker(Worker* w, uint64_t n_groups, uint64_t n_all, uint64_t* counter, uint32_t* failed) {
   uint64_t step = 1, start = 0;
   if (w->launch->seed && n_groups > 1) {
     uint64_t x = w->launch->seed * 0x9e3779b97f4a7c15ull >> 20;
@@ -361,7 +362,7 @@ void run_worker(Worker* w, uint64_t n_groups, uint64_t* counter, uint32_t* faile
     uint64_t i = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
     if (i >= n_groups || __atomic_load_n(failed, __ATOMIC_RELAXED)) return;
     w->group_number = i;
-    run_group(w, (i * step + start) % n_groups);
+    run_group(w, (i * step + start) % n_groups * n_all / n_groups);
     if (w->failed) __atomic_store_n(failed, 1, __ATOMIC_RELAXED);
   }
 }

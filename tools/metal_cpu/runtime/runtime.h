@@ -41,6 +41,7 @@ struct msl_launch {
   uint32_t grid[3], group[3];
   uint64_t seed;
   uint32_t n_workers, n_reports;
+  uint64_t n_sampled;          // run so many threadgroups, spread over the grid; 0: all
   msl_report reports[MAX_REPORTS];
   char arrays[MSL_MAX_ARRAYS][32];  // names of the threadgroup arrays
   uint32_t array_sizes[MSL_MAX_ARRAYS];
