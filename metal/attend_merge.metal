@@ -1,7 +1,8 @@
 // inputs: partials stats sinks turn
 // outputs: attended
 // Attention, second pass: threadgroup (., h, s) adds up head h of query s over the parts, with the
-// sink in the denominator, and rotates the result back. Templates: T, HD, NH, ROPE.
+// sink in the denominator, and rotates the result back. Templates: T, P (of partials), HD, NH,
+// ROPE.
 //
 // A lane holds a pair of channels, so the loads of a part are one line per 32 lanes and the
 // rotation needs no exchange. Every simdgroup computes the parts' weights by itself, one part per
@@ -25,13 +26,15 @@ if (lane < n_parts) {
 }
 const float highest = simd_max(top);  // no part's is below the sink's
 const float decay = lane < n_parts ? exp(top - highest) : 0.0f;
-const float total = simd_sum(weight * decay) + exp(sink - highest);
+const float share = weight * decay;
+const float total = simd_sum(share) + exp(sink - highest);
 
 const uint channel = 64 * block + 2 * lane;
 float2 sum = float2(0.0f);
 for (uint i = 0; i < n_parts; i++) {
-  sum += simd_shuffle(decay, ushort(i)) *
-         *(const device float2*)(partials + (first + size_t(i) * NH) * HD + channel);
+  const size_t from = (first + size_t(i) * NH) * HD + channel;
+  const vec<P, 2> mean = *(const device vec<P, 2>*)(partials + from);
+  sum += simd_shuffle(share, ushort(i)) * float2(float(mean.x), float(mean.y));
 }
 const float2 x = rounded<T>(sum / total);
 // The inverse rotation is the rotation by the negative sine.

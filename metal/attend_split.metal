@@ -3,13 +3,14 @@
 // Attention of all heads over one shared row per position, first pass: threadgroup (h, i, s) takes
 // 8 or 16 heads of query s over the i-th part of its rows. A query's rows are, in this order, the
 // W window rows up to itself and its compressed rows, chosen by `ids` (K > 0) or all it may see.
-// -> partials [S, splits, NH, HD] (weighted sums) and stats [S, splits, NH, 2] (the maximum they
-// are relative to, the sum of weights).
+// -> partials [S, splits, NH, HD] (weighted means) and stats [S, splits, NH, 2] (the maximum that
+// weights are relative to, the sum of weights).
 //
 // place: the layer's place in window_rows [layers, W-1, row] (oldest first; the step's own rows
 // follow in delta_rows) and in pooled_rows [layers, capacity, row]. step: the first new token's
 // position, and how many compressed rows exist before the step's own (new_rows).
-// Templates: T, HD, NH, ROPE, W, K, PLAIN (rows are T), SPLITS (most parts of a query's rows).
+// Templates: T, P (of partials), HD, NH, ROPE, W, K, PLAIN (rows are T), SPLITS (most parts of a
+// query's rows).
 //
 // Where the time goes. A row serves every head (584 bytes for 64 x 512 products), so what counts
 // is to decode it once and to multiply by simdgroup matrices. Simdgroup g owns channels 64*g to
@@ -27,7 +28,7 @@
 
 constant constexpr uint TILE_ROWS = 16;
 // Rows per part: few rows are dealt out finely, to have threadgroups at all; of more, a part is as
-// large as makes its own result (131 KB for Flash) no more to write than its rows were to read;
+// large as makes its own result (66 KB for Flash) no more to write than its rows were to read;
 // of very many, SPLITS parts are enough.
 constant constexpr uint FEW_ROWS = 320;
 
@@ -196,15 +197,26 @@ for (uint tile = begin; tile < end; tile += TILE_ROWS) {
   }
 }
 
+// A mean is no larger than the rows, so that it can be stored in half precision.
+threadgroup_barrier(mem_flags::mem_threadgroup);
+MLX_MTL_PRAGMA_UNROLL
+for (uint i = 0; i < ENTRIES; i++) {
+  const uint entry = i * 32 * BLOCKS + thread_id;
+  if (entry < HEADS * TILE_ROWS && entry % TILE_ROWS == 0) {
+    decays[entry / TILE_ROWS] = total[i] > 0.0f ? 1.0f / total[i] : 0.0f;
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
 const size_t out = (size_t(query) * n_parts + part) * NH;
 MLX_MTL_PRAGMA_UNROLL
 for (uint h = 0; h < HEADS / 8; h++) {
   const uint head = first_head + 8 * h + tile_r;
   if (head >= NH) continue;
-  device float2* to = (device float2*)(partials + (out + head) * HD + channel);
+  device vec<P, 2>* to = (device vec<P, 2>*)(partials + (out + head) * HD + channel);
   MLX_MTL_PRAGMA_UNROLL
   for (uint t = 0; t < 8; t++) {
-    to[t] = float2(sums[h][t].thread_elements()[0], sums[h][t].thread_elements()[1]);
+    to[t] = vec<P, 2>(P(sums[h][t].thread_elements()[0] * decays[8 * h + tile_r]),
+                      P(sums[h][t].thread_elements()[1] * decays[8 * h + tile_r]));
   }
 }
 MLX_MTL_PRAGMA_UNROLL

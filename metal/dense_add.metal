@@ -21,7 +21,7 @@ for (int i = int(32 * sg + lane); i < n_s * TILE; i += 32 * NSG) {
   y[i] = sum;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-ulong before = ulong(position) * H * D;
+ulong before = ulong(position) * H * D, stride = ulong(n_positions[0]) * (R + 1);
 expand_tile<8, H, D, R, TILE, NSG, T>(
     y, mixed, first, n_rows, n_s, streams + before, gates + position * (H + H * H), fn,
-    expanded + before, partials + (ulong(group) * n_positions[0] + position) * (R + 1), sg, lane);
+    expanded + before, partials + group * stride + position * (R + 1), stride, sg, lane);

@@ -1,7 +1,6 @@
 // inputs: x w streams gates fn
 // outputs: expanded partials
-// The matrix that ends a sublayer, its output added to the residual streams (expand.h). A tile is
-// 32 channels: enough threadgroups for a large GPU, and fn's rows are read in whole lines.
+// The matrix that ends a sublayer, its output added to the residual streams (expand.h).
 #include "matvec.h"
 #include "expand.h"
 
@@ -35,5 +34,6 @@ sublayer_output<TX, K> input = {x};
 tile_dot<F, K, KC, S, ROWS, NSG, 1, T>(rows, n_rows, input, S, xs, (threadgroup uint*)stage, points,
                                        out, sg, lane);
 threadgroup_barrier(mem_flags::mem_threadgroup);
+constexpr int STRIDE = S * (R + 1);
 expand_tile<S, H, D, R, TILE, NSG, T>(out, mixed, first, n_rows, S, streams, gates, fn, expanded,
-                                   partials + group * S * (R + 1), sg, lane);
+                                      partials + first / PART * STRIDE, STRIDE, sg, lane);

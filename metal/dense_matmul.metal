@@ -11,6 +11,7 @@
 constexpr int TILE = BN;
 constexpr bool HAS_POINTS = USED(FORMAT_IQ2_XXS);
 threadgroup float4 tiles[tile_words(BM)];
+threadgroup uint4 packed[packed_words(USED(FORMAT_Q6_K))];
 threadgroup uint2 points[HAS_POINTS ? 256 : 1];
 threadgroup float inverse_rms[BM];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
@@ -19,19 +20,20 @@ int n_rows = smaller(BN, n - first);
 int position = int(threadgroup_position_in_grid.x) * BM;
 int n_x = smaller(BM, n_positions[0] - position);
 
-projected_input<TX, TN, NORM> input = {x + ulong(position) * XSTRIDE + XOFF + group * K, XSTRIDE,
-                                       norm_weight, inverse_rms};
-if (NORM) measure_rows<K>(input, n_x, eps[0], inverse_rms, MATMUL_SIMDGROUPS, sg, lane);
+projected_input<TX, TN, K, NORM, false> input = {
+    x + ulong(position) * XSTRIDE + XOFF + group * K, XSTRIDE, norm_weight, inverse_rms, tiles};
+if (NORM) input.measure(n_x, eps[0], inverse_rms, MATMUL_SIMDGROUPS, sg, lane);
 if (HAS_POINTS) {
   for (uint i = 32 * sg + lane; i < 256; i += 32 * MATMUL_SIMDGROUPS) points[i] = iq2_xxs_point(i);
 }
-tile_rows<BN> rows;
-rows.words[0] = (device const uint*)matrix;
+weight_rows<1> rows;
+rows.words[0] = (device const uint4*)matrix;
 #define RUN(F)                                                                                    \
   if (USED(F) && format == F) {                                                                   \
     constexpr int FORMAT = USED(F) ? F : F0;                                                      \
-    rows.start[0] = ulong(group * n + first) * row_bytes(FORMAT, K);                               \
-    tile_matmul<FORMAT, K, BM, BN, T>(rows, n_rows, input, n_x, tiles, points, sg, lane);         \
+    rows.size[0] = ulong(n) * GROUPS * row_bytes(FORMAT, K);                                      \
+    rows.start[0] = ulong(group * n + first) * row_bytes(FORMAT, K);                              \
+    tile_matmul<FORMAT, K, BM, BN, T>(rows, n_rows, input, n_x, tiles, packed, points, sg, lane); \
   }
 FOR_EACH_FORMAT(RUN)
 threadgroup const float* out = (threadgroup const float*)tiles;

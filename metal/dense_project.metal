@@ -20,8 +20,10 @@ uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
 FIND_TILE(threadgroup_position_in_grid.x)
 int n_rows = smaller(TILE, n - first);
 
-projected_input<TX, TN, NORM> input = {x + XOFF + group * K, XSTRIDE, norm_weight, inverse_rms};
-if (NORM) measure_rows<K>(input, S, eps[0], inverse_rms, NSG, sg, lane);
+// Inputs to be normed are read once where they fit the stages, which no weights have reached yet.
+projected_input<TX, TN, K, NORM, S * K <= NSG * stage_words(S)> input = {
+    x + XOFF + group * K, XSTRIDE, norm_weight, inverse_rms, (threadgroup float4*)stage};
+if (NORM) input.measure(S, eps[0], inverse_rms, NSG, sg, lane);
 if (HAS_POINTS) {
   for (uint i = 32 * sg + lane; i < 256; i += 32 * NSG) points[i] = iq2_xxs_point(i);
 }

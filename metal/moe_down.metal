@@ -1,8 +1,8 @@
 // inputs: h records slots shared_down streams gates fn
 // outputs: expanded partials
 // The second half of the experts' feed-forward: each row's chosen experts and the shared one,
-// summed in that order, and added to the residual streams (expand.h). A threadgroup takes 32
-// channels of every expert of the step, so that nothing but the sum leaves it.
+// summed in that order, and added to the residual streams (expand.h). A threadgroup takes
+// some channels of every expert of the step, so that nothing but the sum leaves it.
 #include "matvec.h"
 #include "expand.h"
 #include "experts.h"
@@ -78,5 +78,6 @@ for (int i = int(32 * sg + lane); i < S * TILE; i += 32 * NSG) {
   out[i] = sum;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
+constexpr int STRIDE = S * (R + 1);
 expand_tile<S, H, D, R, TILE, NSG, T>(out, terms, first, n_rows, S, streams, gates, fn, expanded,
-                                   partials + group * S * (R + 1), sg, lane);
+                                      partials + first / PART * STRIDE, STRIDE, sg, lane);

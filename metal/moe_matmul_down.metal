@@ -17,6 +17,7 @@ template <typename T, int I> struct hidden_rows {
 constexpr int PLACES = KTOP + 1;
 constexpr bool HAS_POINTS = FE == FORMAT_IQ2_XXS || FS == FORMAT_IQ2_XXS;
 threadgroup float4 products[tile_words(BM)];
+threadgroup uint4 packed[packed_words(FE == FORMAT_Q6_K || FS == FORMAT_Q6_K)];
 threadgroup uint2 points[HAS_POINTS ? 256 : 1];
 threadgroup int places[BM];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
@@ -36,16 +37,20 @@ if (HAS_POINTS) {
   for (int i = thread_index; i < 256; i += 32 * MATMUL_SIMDGROUPS) points[i] = iq2_xxs_point(i);
 }
 hidden_rows<T, I> input = {h, places};
-tile_rows<BN> rows;
+weight_rows<1> rows;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (routed) {
-  rows.words[0] = (device const uint*)records;
+  rows.words[0] = (device const uint4*)records;
+  rows.size[0] = ulong(records_shape[0]) * RECORD;
   rows.start[0] = ulong(slots[order[begin]]) * RECORD + DOWN + ulong(first) * row_bytes(FE, I);
-  tile_matmul<FE, I, BM, BN, T>(rows, n_rows, input, n, products, points, sg, lane);
+  tile_matmul<FE, I, BM, BN, T>(rows, n_rows, input, n, products, packed, points, sg,
+                                 lane);
 } else {
-  rows.words[0] = (device const uint*)shared_down;
+  rows.words[0] = (device const uint4*)shared_down;
+  rows.size[0] = ulong(D) * row_bytes(FS, I);
   rows.start[0] = ulong(first) * row_bytes(FS, I);
-  tile_matmul<FS, I, BM, BN, T>(rows, n_rows, input, n, products, points, sg, lane);
+  tile_matmul<FS, I, BM, BN, T>(rows, n_rows, input, n, products, packed, points, sg,
+                                 lane);
 }
 threadgroup const float* out = (threadgroup const float*)products;
 for (int i = thread_index; i < n * BN; i += 32 * MATMUL_SIMDGROUPS) {

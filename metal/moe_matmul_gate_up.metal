@@ -18,6 +18,7 @@ template <typename T, int D, int PLACES> struct expert_rows {
 constexpr int HALF = BN / 2, PLACES = KTOP + 1;
 constexpr bool HAS_POINTS = FE == FORMAT_IQ2_XXS || FS == FORMAT_IQ2_XXS;
 threadgroup float4 products[tile_words(BM)];
+threadgroup uint4 packed[packed_words(FE == FORMAT_Q6_K || FS == FORMAT_Q6_K)];
 threadgroup uint2 points[HAS_POINTS ? 256 : 1];
 threadgroup int places[BM];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
@@ -37,19 +38,23 @@ if (HAS_POINTS) {
   for (int i = thread_index; i < 256; i += 32 * MATMUL_SIMDGROUPS) points[i] = iq2_xxs_point(i);
 }
 expert_rows<T, D, PLACES> input = {x, places};
-tile_rows<HALF> rows;
+weight_rows<BN / HALF> rows;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (routed) {
   ulong record = ulong(slots[order[begin]]) * RECORD, skip = ulong(first) * row_bytes(FE, D);
-  rows.words[0] = rows.words[1] = (device const uint*)records;
+  rows.words[0] = rows.words[1] = (device const uint4*)records;
+  rows.size[0] = rows.size[1] = ulong(records_shape[0]) * RECORD;
   rows.start[0] = record + GATE + skip;
   rows.start[1] = record + UP + skip;
-  tile_matmul<FE, D, BM, HALF, T>(rows, n_rows, input, n, products, points, sg, lane);
+  tile_matmul<FE, D, BM, HALF, T>(rows, n_rows, input, n, products, packed, points, sg,
+                                 lane);
 } else {
-  rows.words[0] = (device const uint*)shared_gate;
-  rows.words[1] = (device const uint*)shared_up;
+  rows.words[0] = (device const uint4*)shared_gate;
+  rows.words[1] = (device const uint4*)shared_up;
+  rows.size[0] = rows.size[1] = ulong(I) * row_bytes(FS, D);
   rows.start[0] = rows.start[1] = ulong(first) * row_bytes(FS, D);
-  tile_matmul<FS, D, BM, HALF, T>(rows, n_rows, input, n, products, points, sg, lane);
+  tile_matmul<FS, D, BM, HALF, T>(rows, n_rows, input, n, products, packed, points, sg,
+                                 lane);
 }
 threadgroup const float* out = (threadgroup const float*)products;
 for (int i = thread_index; i < n * HALF; i += 32 * MATMUL_SIMDGROUPS) {

@@ -74,6 +74,11 @@ class StoredRows:
     """int32 [2]: the first new token's position, and the rows committed."""
 
 
+def parts_type(dtype: Dtype) -> Dtype:
+    """Of the means of parts: they are read as often as rows, and rounded to `dtype` in the end."""
+    return mx.float32 if dtype == mx.float32 else mx.float16
+
+
 def parts(n_rows: int, most: int) -> int:
     """How many parts a query of n rows is split into; attend_split's rows_per_part."""
     size = 32 if n_rows <= FEW_ROWS else 64
@@ -106,7 +111,7 @@ def rows(
     window = stored.window.shape[1] + 1
     n_parts = parts(window + n_chosen, most)
     template = (
-        ("T", q.dtype),
+        *(("T", q.dtype), ("P", parts_type(q.dtype))),
         *shape.row_template,
         ("NH", n_heads),
         ("W", window),
@@ -125,7 +130,7 @@ def rows(
     shapes = ((n, n_parts, n_heads, hd), (n, n_parts, n_heads, 2))
     partials, stats = launcher.launch(
         *("attend_split", inputs, template, grid, (threads, 1, 1)),
-        [(s, mx.float32) for s in shapes],
+        [(shapes[0], parts_type(q.dtype)), (shapes[1], mx.float32)],
     )
     return merge(launcher, shape, partials, stats, sink, table, q.dtype)
 
@@ -139,9 +144,13 @@ def merge(
     table: Array,
     dtype: Dtype,
 ) -> Array:
-    """The second pass: parts [S, parts, heads, hd] with maximum and sum [S, parts, heads, 2]."""
+    """The second pass: means of parts [S, parts, heads, hd]; their maximum and sum of weights
+    [S, parts, heads, 2]."""
     n, _, n_heads, hd = partials.shape
-    template = (("T", dtype), ("HD", hd), ("NH", n_heads), ("ROPE", shape.rope))
+    template = (
+        *(("T", dtype), ("P", partials.dtype)),
+        *(("HD", hd), ("NH", n_heads), ("ROPE", shape.rope)),
+    )
     (out,) = launcher.launch(
         "attend_merge",
         (partials, stats, sink, table),

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ds4py.kernels import hyper, matvec
 from ds4py.kernels.build import Grid, Launcher, Output, Template
-from ds4py.kernels.formats import PackedMatrix, unpack
+from ds4py.kernels.formats import CODES, PackedMatrix, unpack
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, Ops
 
@@ -20,8 +20,14 @@ MAX_MATRICES = 8
 MATMUL_ROWS, MATMUL_COLUMNS, MATMUL_THREADS = 32, 64, 128
 """A tile of a matrix product: positions (or twice as many), outputs, and who computes it."""
 ADD_THREADS = 256
-EXPAND_TILE = 32
-"""Channels of a threadgroup that adds to the streams: one line of a row of fn."""
+PART = 32
+"""Channels of a partial sum with fn, whatever the launch."""
+
+
+def expand_tile(n_x: int) -> int:
+    """Channels of a threadgroup that adds to the streams. Each reads all activations: of a single
+    row that would be a tenth of the weights' bytes with 32 channels."""
+    return 2 * PART if n_x <= 2 else PART
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Residual:
     gates: Array
     """float32 [S, H + H*H]: post | comb, comb[j, k] carrying stream j into stream k."""
     fn: Array
-    """float32 [R, H*D]: the next hyper-connection's."""
+    """[R, H*D]: the next hyper-connection's, of any floating-point type."""
 
     @property
     def template(self) -> Template:
@@ -41,10 +47,11 @@ class Residual:
         _, h, d = self.streams.shape
         return (("H", h), ("D", d), ("R", self.fn.shape[0]))
 
-    def outputs(self, tile: int) -> list[Output]:
-        """The new streams, and their products with fn and themselves, tile by tile."""
+    @property
+    def outputs(self) -> list[Output]:
+        """The new streams, and their products with fn and themselves, part by part."""
         s, _, d = self.streams.shape
-        partials = (-(-d // tile), s, self.fn.shape[0] + 1)
+        partials = (-(-d // PART), s, self.fn.shape[0] + 1)
         return [(self.streams.shape, self.streams.dtype), (partials, mx.float32)]
 
 
@@ -127,7 +134,8 @@ def _project(shape: _Shape) -> _Plan:
 @lru_cache(1024)
 def _matmul(shape: _Shape) -> _Plan:
     s = shape.x[0]
-    rows = MATMUL_ROWS if s <= MATMUL_ROWS else 2 * MATMUL_ROWS
+    large = s > MATMUL_ROWS and CODES["Q6_K"] not in [code for code, _, _ in shape.kinds]
+    rows = 2 * MATMUL_ROWS if large else MATMUL_ROWS  # Q6_K's blocks leave no room for more
     tiles = shape.groups * sum(-(-n // MATMUL_COLUMNS) for n in shape.outs)
     grid = (MATMUL_THREADS * -(-s // rows), tiles, 1)
     n_out = shape.groups * sum(shape.outs)
@@ -177,9 +185,8 @@ def matmul(
     """`project` for any S: for prompts, where its matrix instructions pay.
 
     Sums are taken in another order than `project`'s, so results differ from its as float32 sums
-    do; they too do not depend on S. The bytes of each matrix are a multiple of four.
+    do; they too do not depend on S.
     """
-    assert all(m.rows.size % 4 == 0 for m in matrices)
     plan, s = _matmul(_shape(x, matrices, dtype, norm, groups, offset, result)), x.shape[0]
     (y,) = launcher.launch(
         "dense_matmul",
@@ -247,7 +254,7 @@ def expand(
     d = residual.streams.shape[2]
     assert s <= matvec.MAX_ROWS and matrix.n_in == n_in and matrix.rows.shape[0] == d
     floats = s * (1 + residual.streams.shape[1])
-    plan = matvec.tiling(s, n_in, dtype, d, floats, EXPAND_TILE)
+    plan = matvec.tiling(s, n_in, dtype, d, floats, expand_tile(s))
     template = [
         *(("T", dtype), ("TX", x.dtype), ("S", s), ("K", n_in), ("F", matrix.code)),
         *(("KC", plan.staged(s, n_in, dtype)), *plan.template, *residual.template),
@@ -258,7 +265,7 @@ def expand(
         template,
         (plan.tiles(d) * plan.threads, 1, 1),
         (plan.threads, 1, 1),
-        residual.outputs(plan.tile),
+        residual.outputs,
     )
     return streams, partials
 
@@ -269,41 +276,37 @@ def add(launcher: Launcher, terms: Array, residual: Residual) -> tuple[Array, Ar
     Any S; the end of a sublayer for prompts. A row's result does not depend on S.
     """
     s, n_terms, d = terms.shape
-    tiles = -(-d // EXPAND_TILE)
+    tiles = -(-d // PART)
     streams, partials = launcher.launch(
         "dense_add",
         [terms, residual.streams, residual.gates, residual.fn, count(s)],
         (
-            *(("T", residual.streams.dtype), ("TERMS", n_terms), ("TILE", EXPAND_TILE)),
+            *(("T", residual.streams.dtype), ("TERMS", n_terms), ("TILE", PART)),
             *(("NSG", ADD_THREADS // 32), *residual.template),
         ),
         (ADD_THREADS * tiles, -(-s // matvec.MAX_ROWS), 1),
         (ADD_THREADS, 1, 1),
-        residual.outputs(EXPAND_TILE),
+        residual.outputs,
     )
     return streams, partials
 
 
-def expand_ref(
-    ops: Ops, x: Array, matrix: PackedMatrix, residual: Residual, tile: int = EXPAND_TILE
-) -> tuple[Array, Array]:
+def expand_ref(ops: Ops, x: Array, matrix: PackedMatrix, residual: Residual) -> tuple[Array, Array]:
     """What `expand` computes."""
     x = x.astype(residual.streams.dtype)
-    return add_ref(ops, project_ref(ops, x, [matrix], x.dtype), residual, tile)
+    return add_ref(ops, project_ref(ops, x, [matrix], x.dtype), residual)
 
 
-def add_ref(
-    ops: Ops, y: Array, residual: Residual, tile: int = EXPAND_TILE
-) -> tuple[Array, Array]:
+def add_ref(ops: Ops, y: Array, residual: Residual) -> tuple[Array, Array]:
     """y [S, D] into the streams, and the partial sums for their reader."""
     s, h, d = residual.streams.shape
     gates, fn = residual.gates.astype(ops.wide), residual.fn.astype(ops.wide)
     post, comb = gates[:, :h], gates[:, h:].reshape(s, h, h)
     streams = hyper.expand(ops, y, residual.streams, post, comb)
     x, partials = streams.astype(ops.wide), []
-    for first in range(0, d, tile):
-        part = x[:, :, first : first + tile].reshape(s, -1)
-        rows = fn.reshape(-1, h, d)[:, :, first : first + tile].reshape(-1, part.shape[1])
+    for first in range(0, d, PART):
+        part = x[:, :, first : first + PART].reshape(s, -1)
+        rows = fn.reshape(-1, h, d)[:, :, first : first + PART].reshape(-1, part.shape[1])
         square = (part * part).sum(1, keepdims=True)
         partials.append(ops.concatenate([part @ rows.swapaxes(0, 1), square], axis=1))
     return streams, ops.stack(partials)

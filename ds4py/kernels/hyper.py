@@ -127,7 +127,7 @@ def embed(
 ) -> tuple[Array, Array]:
     """Rows `tokens` int32 [S] of table [V, D] once per stream, and what `pre` needs of them.
 
-    fn [R, H*D], float32 or float16. -> streams [S, H, D] of `dtype`, partials [P, S, R + 1].
+    fn [R, H*D] of any floating-point type. -> streams [S, H, D] of `dtype`, partials [P, S, R + 1].
     """
     n, d, rows = tokens.shape[0], table.shape[1], fn.shape[0]
     n_parts = -(-d // EMBED_CHANNELS)

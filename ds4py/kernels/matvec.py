@@ -17,12 +17,13 @@ MAX_ROWS = 8
 """Activation rows that share one reading of the weights; more are a matrix product."""
 UNIT = 256
 """Values that a simdgroup takes at a time, eight a lane."""
-FEW_GROUPS = 128
-"""Threadgroups below which cores of the largest GPUs (80) would idle."""
-MAX_TILE_ROWS = 32
+FEW_GROUPS = 64
+"""Threadgroups that a launch is not divided into fewer than. Each reads all activations: with 64 of
+them those are 2.5 % of the weights' bytes over a step of V4-Flash, with 128 twice that."""
+MAX_TILE_ROWS = 80
 """Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
-THREADGROUP_BYTES, POINTS_BYTES = 32768, 2048
-"""Threadgroup memory: all, and IQ2_XXS's points."""
+THREADGROUP_BYTES, POINTS_BYTES, RESULT_BYTES = 32768, 2048, 4096
+"""Threadgroup memory: all, for IQ2_XXS's points, for a tile's results at most."""
 
 
 def stage_bytes(n_x: int) -> int:
@@ -37,7 +38,7 @@ class Tiling:
     simdgroups: int
     """Per threadgroup."""
     rows: int
-    """Weight rows per simdgroup, a power of two."""
+    """Weight rows per simdgroup: 1, 2 or a multiple of 4."""
     room: int
     """Bytes of threadgroup memory for activations."""
 
@@ -73,11 +74,11 @@ def tiling(
     """For `n_rows` weight rows over all matrices, `floats` kept for each row of a tile.
 
     Eight simdgroups where their weights fit beside one or two whole rows of activations, else
-    four. A simdgroup gets up to 32 weight rows, so that activations are staged rarely, but never
+    four. A simdgroup gets up to 80 weight rows, so that activations are staged rarely, but never
     so many that few threadgroups are left. tile: so many per threadgroup instead.
     """
     for simdgroups in (8, 4):
-        rows = tile // simdgroups if tile else _rows(n_x, n_rows, simdgroups)
+        rows = tile // simdgroups if tile else _rows(n_x, n_rows, floats, simdgroups)
         kept = stage_bytes(n_x) * simdgroups + 4 * floats * simdgroups * rows + POINTS_BYTES + 256
         plan = Tiling(simdgroups, rows, THREADGROUP_BYTES - kept)
         if simdgroups == 4 or (n_x <= 2 and n_x * n_in * dtype.size <= plan.room):
@@ -85,8 +86,13 @@ def tiling(
     return plan
 
 
-def _rows(n_x: int, n_rows: int, simdgroups: int) -> int:
-    rows = 1 if n_x == 1 else 4
-    while rows < MAX_TILE_ROWS and n_rows // (2 * rows * simdgroups) >= FEW_GROUPS:
-        rows *= 2
-    return rows
+def least_rows(n_x: int) -> int:
+    """Weight rows of a simdgroup: of several activation rows each is used for four of them."""
+    return 1 if n_x == 1 else 4
+
+
+def _rows(n_x: int, n_rows: int, floats: int, simdgroups: int) -> int:
+    most = min(MAX_TILE_ROWS, RESULT_BYTES // (4 * floats * simdgroups))
+    rows = min(n_rows // (simdgroups * FEW_GROUPS), most)
+    rows = rows & -4 if rows >= 4 else min(rows, 2)
+    return max(rows, least_rows(n_x))

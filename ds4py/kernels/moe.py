@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from ds4py.kernels import dense, matvec
 from ds4py.kernels.build import Launcher, Template
 from ds4py.kernels.dense import Residual
-from ds4py.kernels.formats import CODES, ExpertRecords, PackedMatrix
+from ds4py.kernels.formats import CODES, ExpertRecords, PackedMatrix, row_bytes
 from ds4py.kernels.matvec import Tiling
 from ds4py.kernels.ops import Array, Dtype, Ops, PackedWeight, Weight
 
@@ -122,21 +122,31 @@ def gate_up(
     assert s <= matvec.MAX_ROWS and experts.n_in == n_in
     assert all(m.n_in == n_in and m.rows.shape[0] == n_inner for m in shared)
     assert shared[0].format == shared[1].format
-    plan = matvec.tiling(s, n_in, x.dtype, min(s * k + 1, 8) * n_inner, floats=2 * s)
+    # Threadgroups of the shared expert get fewer rows, as many times as their rows are longer.
+    times = _power_of_two(shared[0].rows.shape[1] // row_bytes(experts.formats[0], n_in))
+    plan = matvec.tiling(s, n_in, x.dtype, (min(s * k, 7) + times) * n_inner, floats=2 * s)
+    plan = replace(plan, rows=_power_of_two(plan.rows))
+    shared_rows = max(plan.rows // times, matvec.least_rows(s))
+    shared_tiles = -(-n_inner // (shared_rows * plan.simdgroups))
     template = [
         *(("T", x.dtype), ("S", s), ("KTOP", k), ("D", n_in), ("I", n_inner)),
-        *(("GATE", experts.starts[0]), ("UP", experts.starts[1])),
+        *(("GATE", experts.starts[0]), ("UP", experts.starts[1]), ("SHARED_ROWS", shared_rows)),
         *_expert_template(experts, 0, shared[0], plan, (s, n_in), x.dtype),
     ]
     (h,) = launcher.launch(
         "moe_gate_up",
         [x, experts.records, slots, weights, *(m.rows for m in shared), dense.scalar(limit)],
         template,
-        (plan.tiles(n_inner) * plan.threads, s * k + 1, 1),
+        ((shared_tiles + s * k * plan.tiles(n_inner)) * plan.threads, 1, 1),
         (plan.threads, 1, 1),
         [((s, k + 1, n_inner), x.dtype)],
     )
     return h
+
+
+def _power_of_two(n: int) -> int:
+    """The largest up to n, or 1."""
+    return 1 << max(n.bit_length() - 1, 0)
 
 
 def _expert_template(
@@ -174,7 +184,7 @@ def down(
     assert h.dtype == residual.streams.dtype
     assert experts.n_inner == n_inner == shared.n_in and shared.rows.shape[0] == d == experts.n_in
     floats = s * (1 + max(places, n_streams))
-    plan = matvec.tiling(s, n_inner, h.dtype, d, floats, dense.EXPAND_TILE)
+    plan = matvec.tiling(s, n_inner, h.dtype, d, floats, dense.expand_tile(s))
     template = [
         *(("T", h.dtype), ("S", s), ("KTOP", places - 1), ("I", n_inner)),
         *(("DOWN", experts.starts[2]), *residual.template),
@@ -189,7 +199,7 @@ def down(
         template,
         (plan.tiles(d) * plan.threads, 1, 1),
         (plan.threads, 1, 1),
-        residual.outputs(plan.tile),
+        residual.outputs,
     )
     return streams, partials
 
@@ -319,7 +329,6 @@ def _matmul_template(
     experts: ExpertRecords, which: int, shared: PackedMatrix, grouping: Grouping, dtype: Dtype
 ) -> Template:
     """What both products are compiled for."""
-    assert experts.records.shape[1] % 4 == shared.rows.size % 4 == 0
     return (
         *(("T", dtype), ("KTOP", grouping.ids.shape[1]), ("E", grouping.n_experts)),
         *(("FE", CODES[experts.formats[which]]), ("FS", shared.code)),

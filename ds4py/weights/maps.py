@@ -48,7 +48,7 @@ class Maps(Protocol):
         ...
 
     def mix(self, name: str) -> Weight:
-        """A hyper-connection's fn, always in full; `name` is the tensor's."""
+        """A hyper-connection's fn, exactly; `name` is the tensor's."""
         ...
 
 
@@ -109,7 +109,16 @@ class PackedMaps:
 
     def mix(self, name: str) -> Weight:
         fn = self.source.floats(name)
-        return Weight((self.adopt(fn),), (fn.shape[0],))
+        return Weight((self._narrowed(fn),), (fn.shape[0],))
+
+    def _narrowed(self, values: F32) -> mx.array:
+        """In the two bytes a number that the file has, where those say the same."""
+        bits = values.view(np.uint32)
+        if not (bits & 0xFFFF).any():
+            return self.adopt((bits >> 16).astype(np.uint16)).view(mx.bfloat16)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        return self.adopt(half if np.array_equal(half, values) else values)
 
     def _matrix(self, name: str) -> PackedMatrix:
         stored = self.source.stored(name)

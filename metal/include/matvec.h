@@ -17,8 +17,7 @@
 // spread over simdgroups, or how much of them is staged at a time.
 
 #include "formats.h"
-
-enum { LINE = 128 };
+#include "lines.h"
 
 // Bytes of threadgroup memory where a simdgroup stages weights. With one or two activation rows
 // eight simdgroups have to fit beside them.
@@ -62,23 +61,6 @@ constexpr int piece_values(int format, int n_x, int r) {
   return 256 * units;
 }
 
-// Weights as the kernel got them: 16-byte words of an array of `size` bytes, and where the rows of
-// this tile start.
-template <int M> struct weight_rows {
-  device const uint4* words[M];
-  ulong size[M];
-  ulong start[M];
-};
-
-// The 16 bytes from `at`, a multiple of 16, on; what is beyond the array's end is 0.
-inline uint4 word_of_16(device const uint4* words, ulong size, ulong at) {
-  if (at + 16 <= size) return words[at >> 4];
-  uint4 tail = uint4(0, 0, 0, 0);
-  device const uchar* bytes = (device const uchar*)words;
-  for (uint j = 0; at + j < size; j++) tail[j >> 2] |= uint(bytes[at + j]) << (8 * (j & 3));
-  return tail;
-}
-
 // Weights on their way from device memory through registers to threadgroup memory: values p0..p1 of
 // rows `row`..`row + n`, n <= R. KC values of a row are used at a time.
 template <int F, int K, int KC, int NX, int M, int R> struct weight_stream {
@@ -109,7 +91,6 @@ template <int F, int K, int KC, int NX, int M, int R> struct weight_stream {
     if (CARRIES) e.end = min(e.end, line_of(range + row_bytes(F, p1) + LINE - 1));
     return e;
   }
-  static ulong line_of(ulong at) { return at & ~ulong(LINE - 1); }
 
   void fetch(device const uint4* words, ulong size, ulong start, int row, int n, int p0, int p1,
              uint lane) {

@@ -38,35 +38,41 @@
   RUN(FORMAT_F32) RUN(FORMAT_F16) RUN(FORMAT_BF16) RUN(FORMAT_FP8) RUN(FORMAT_Q8_0)     \
   RUN(FORMAT_Q2_K) RUN(FORMAT_Q4_K) RUN(FORMAT_Q6_K) RUN(FORMAT_IQ2_XXS) RUN(FORMAT_MXFP4)
 
-template <typename TX, typename TN, bool NORM> struct projected_input {
+// HELD: the rows' inputs, K floats each, are in `held` once `measure` has read them.
+template <typename TX, typename TN, int K, bool NORM, bool HELD> struct projected_input {
   device const TX* values;
   ulong stride;
   device const TN* norm;
   threadgroup const float* inverse_rms;
+  threadgroup float4* held;
   float4 load(int s, int k) const {
     vec<TX, 4> v = *(device const vec<TX, 4>*)(values + s * stride + k);
     return float4(float(v.x), float(v.y), float(v.z), float(v.w));
   }
   float4 four(int s, int k) const {
-    float4 v = load(s, k);
-    if (!NORM) return v;
+    if (!NORM) return load(s, k);
+    float4 v;
+    if (HELD) {
+      v = held[(s * K + k) / 4];
+    } else {
+      v = load(s, k);
+    }
     float4 weight = float4(float(norm[k]), float(norm[k + 1]), float(norm[k + 2]),
                            float(norm[k + 3]));
     return v * inverse_rms[s] * weight;
   }
-};
-
-// 1 / sqrt(mean(x^2) + eps) of n_x rows, a simdgroup for each; complete after the next barrier.
-template <int K, typename X>
-inline void measure_rows(X x, int n_x, float eps, threadgroup float* inverse_rms, int n_simdgroups,
-                         uint sg, uint lane) {
-  for (int s = int(sg); s < n_x; s += n_simdgroups) {
-    float sum = 0.0f;
-    for (int k = 4 * int(lane); k < K; k += 128) {
-      float4 v = x.load(s, k);
-      sum = fma(v.x, v.x, fma(v.y, v.y, fma(v.z, v.z, fma(v.w, v.w, sum))));
+  // 1 / sqrt(mean(x^2) + eps) of n_x rows, a simdgroup for each; complete after the next barrier.
+  void measure(int n_x, float eps, threadgroup float* result, int n_simdgroups, uint sg,
+               uint lane) const {
+    for (int s = int(sg); s < n_x; s += n_simdgroups) {
+      float sum = 0.0f;
+      for (int k = 4 * int(lane); k < K; k += 128) {
+        float4 v = load(s, k);
+        if (HELD) held[(s * K + k) / 4] = v;
+        sum = fma(v.x, v.x, fma(v.y, v.y, fma(v.z, v.z, fma(v.w, v.w, sum))));
+      }
+      sum = simd_sum(sum);
+      if (lane == 0) result[s] = 1.0f / sqrt(sum / float(K) + eps);
     }
-    sum = simd_sum(sum);
-    if (lane == 0) inverse_rms[s] = 1.0f / sqrt(sum / float(K) + eps);
   }
-}
+};

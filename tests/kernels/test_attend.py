@@ -175,7 +175,7 @@ def test_a_query_does_not_depend_on_the_others() -> None:
         ("attend_split", ("rows * most_parts < n_rows", "rows * most_parts * 2 < n_rows")),
         ("attend_merge", (" + exp(sink - highest)", "")),
         ("attend_merge", ("float2(table[0], -table[1])", "float2(table[0], table[1])")),
-        ("attend_merge", ("sum += simd_shuffle(decay, ushort(i)) *", "sum +=")),
+        ("attend_merge", ("sum += simd_shuffle(share, ushort(i)) *", "sum +=")),
     ],
 )
 def test_attention_planted(kernel: str, change: tuple[str, str]) -> None:

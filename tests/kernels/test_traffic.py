@@ -105,9 +105,18 @@ def test_the_end_of_attention() -> None:
     reads_once(found["fn"], after.fn.nbytes)
 
 
-def test_a_prompt_reads_each_tile_of_weights_once_per_tile_of_positions() -> None:
-    """40 positions are one tile; a row's neighbours in a line come with the next 32 inputs."""
-    x, weights = activations(40, LATENT), matrices([("Q8_0", 128)], LATENT)
+@pytest.mark.parametrize(
+    ("n_in", "names"),
+    [
+        (LATENT, ("Q8_0", "FP8")),
+        pytest.param(INNER, ("Q2_K", "MXFP4", "Q4_K"), marks=LATER),
+        pytest.param(D, ("IQ2_XXS", "Q6_K", "BF16"), marks=LATER),
+    ],
+)
+def test_prompts_read_whole_lines(n_in: int, names: tuple[str, ...]) -> None:
+    """A tile's rows share the lines between them, too."""
+    x, weights = activations(9, n_in), matrices([(name, 64) for name in names], n_in)
     found = traffic(lambda s: dense.matmul(s, x, weights, mx.bfloat16), "dense_matmul")
-    assert found["w0"].touched == weights[0].rows.size
-    assert found["w0"].loaded <= 2 * weights[0].rows.size
+    for i, m in enumerate(weights):
+        reads_once(found[f"w{i}"], m.rows.size, 0.98)
+    assert found["x"].efficiency == 1
