@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ds4py.bench.ahead import DEPTH, gains, made_up, recall, replay
+from ds4py.bench.ahead import BEFORE_ROUTER, DEPTH, RATIOS, gains, made_up, recall, replay
 from ds4py.experts import simulate
 from ds4py.experts.options import StreamingOptions
 from ds4py.experts.trace import Trace, reuse
@@ -44,6 +44,21 @@ def test_reads_are_the_simulators(prefetch: str) -> None:
         read = counts.misses + counts.prefetched + counts.wasted
         found = replay(trace, slots, prefetch, 1e6, 1.0)
         assert found.reads * len(trace.steps) == read
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_what_is_known_in_time_is_read_behind_computing(ratio: float) -> None:
+    """All layers' experts are known from the token, none is used again: a token takes the longer of
+    computing and reading, and what nothing can hide: the first layer's reads, and the computing
+    behind the last one's. Without reading ahead it takes half as long again, or twice."""
+    trace = made_up(24, 0.0, 1.0, LAYERS, n_experts=128, hashed=LAYERS)
+    for slots in (LAYERS * CHOSEN, 2 * LAYERS * CHOSEN):
+        reading = replay(trace, slots, "hash", 0.0, 1.0).token_s
+        computing = ratio * reading
+        serial = (reading + (1 - BEFORE_ROUTER) * computing) / LAYERS
+        most = max(computing, reading)
+        assert replay(trace, slots, "hash", computing, 1.0).token_s <= 1.10 * most + serial
+        assert replay(trace, slots, "off", computing, 1.0).token_s > 1.3 * most
 
 
 def test_reading_ahead_stays_below_its_bound() -> None:
