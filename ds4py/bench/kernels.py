@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from time import perf_counter, process_time
 from typing import Any, cast
@@ -40,7 +41,7 @@ VIEWS = frozenset(
 IN_PLACE = "SliceUpdate"
 """Writes a state's new rows into the old ones' memory."""
 KERNEL = "CustomKernel"
-REPEAT = 20
+REPEAT = 12
 """Times a step is built; the first ones are recorded, the others replay them."""
 TOGETHER = (2, 4, 8)
 """Sequences that are decoded in one step."""
@@ -183,6 +184,7 @@ def _count(nodes: Sequence[Node]) -> tuple[dict[str, int], dict[str, int], list[
     return dict(kernels), dict(operations), sizes
 
 
+@cache
 def _kernel_name(function: str) -> str:
     """Of the file it comes from; MLX appends the template's values."""
     names = (path.stem for path in assets.path("metal").glob("*.metal"))
