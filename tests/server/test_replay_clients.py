@@ -1,7 +1,8 @@
 """What real clients sent (data/, recorded on loopback, texts cut) gets well-formed answers.
 
-Claude Code 2.1.197, Codex 0.169, the `openai` and `anthropic` packages for Python and Node, the
-Vercel AI SDK, litellm, llm, and the open Responses conformance tests. What is refused is listed.
+Claude Code 2.1.197, Codex 0.169 (also with an MCP server), Qwen Code, Continue, Cline, the
+`openai` and `anthropic` packages for Python and Node, the Vercel AI SDK, litellm, llm, and the open
+Responses conformance tests. What is refused is listed.
 """
 
 import functools
@@ -126,8 +127,8 @@ def test_the_volatile_header_is_not_in_the_prompt(scripted: Running) -> None:
 
 
 def test_a_second_turn_begins_as_the_first(scripted: Running) -> None:
-    """Claude Code's and Codex's second requests go on from the first: nothing has moved."""
-    for name in ("claude-code", "codex"):
+    """The agents' second requests go on from the first: nothing has moved."""
+    for name in ("claude-code", "codex", "codex-mcp", "qwen-code", "continue", "cline"):
         shared = []
         for number in (0, 1):
             recorded = REQUESTS[f"{name}-{number}"]
