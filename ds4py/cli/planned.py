@@ -17,7 +17,8 @@ RECIPES = ("2bit", "2bit-last6-q4", "4bit", "mxfp4")
 
 
 class Planned:
-    """A model's default bundle, before anything is fetched, as a Mac would run it."""
+    """A model's default bundle, or its GGUF file, before anything is fetched, as a Mac would run
+    it."""
 
     def __init__(self, manifest: "Manifest", context: int | None, memory: str | None):
         from ds4py.config import ModelConfig
@@ -29,8 +30,9 @@ class Planned:
         self.config: ModelConfig = ModelConfig.from_dict(dict(manifest.config))
         recipe = Recipe.load(None, len(self.config.layers))
         self.published: Sizes = sizes.published(self.config)
-        self.bundle: Sizes = sizes.of_bundle(self.config, recipe)
-        kept = (size for name, size in self.bundle.items() if name != "draft layers")
+        made = sizes.of_gguf if manifest.is_gguf else sizes.of_bundle
+        self.made: Sizes = made(self.config, recipe)
+        kept = (size for name, size in self.made.items() if name != "draft layers")
         self.dense = sum(size.n_bytes for size in kept if not size.name.startswith("routed."))
         experts = [f"layers.{i}.ffn.experts.0" for i in range(len(self.config.layers))]
         formats = [
@@ -43,7 +45,7 @@ class Planned:
         ]
         self.numerics: Numerics
         self.plan: MemoryPlan | OptionsError
-        largest = max(self.bundle[name].n_bytes for name in ("embed", "head"))
+        largest = max(self.made[name].n_bytes for name in ("embed", "head"))
         self.numerics, self.plan = plan_recipe(
             self.config, formats, self.dense, largest, context, memory
         )
@@ -52,9 +54,9 @@ class Planned:
     def read_bytes(self) -> tuple[int, int]:
         """What one decoded token reads of the weights: dense ones, and routed experts."""
         c = self.config
-        routed = sum(s.n_bytes for n, s in self.bundle.items() if n.startswith("routed."))
+        routed = sum(s.n_bytes for n, s in self.made.items() if n.startswith("routed."))
         used = routed * c.num_experts_per_tok // c.n_routed_experts
-        return self.dense - self.bundle["embed"].n_bytes, used
+        return self.dense - self.made["embed"].n_bytes, used
 
 
 def show(planned: Planned) -> None:
@@ -78,7 +80,7 @@ def facts(planned: Planned) -> Iterator[tuple[str, str]]:
     yield "about", manifest.about
     yield "context", f"{config.max_position_embeddings} tokens at most"
     yield "download", f"{format_size(manifest.weight_bytes)} from {manifest.repo}"
-    for number, recipe in enumerate(recipes(config)):
+    for number, recipe in enumerate(() if manifest.is_gguf else recipes(config)):
         yield (
             "" if number else "recipes",
             f"{recipe['name']:14} {format_size(recipe['bundle_bytes']):>9} as a bundle, "
@@ -141,7 +143,7 @@ def report(planned: Planned) -> dict[str, Any]:
         "context": planned.config.max_position_embeddings,
         "repository": manifest.repo,
         "download_bytes": manifest.weight_bytes,
-        "recipes": list(recipes(planned.config)),
+        "recipes": [] if manifest.is_gguf else list(recipes(planned.config)),
         "bytes_per_token": {"dense": dense, "experts": routed},
         "classes": [
             {
@@ -151,19 +153,20 @@ def report(planned: Planned) -> dict[str, Any]:
                 "bytes": size.n_bytes,
                 "bits_per_weight": size.bits,
             }
-            for size in planned.bundle.values()
+            for size in planned.made.values()
         ],
         "memory": memory_report(planned.config, planned.numerics, planned.plan),
     }
 
 
 def table(planned: Planned) -> Iterator[str]:
-    """Bytes and bits by class, as published and in the default bundle."""
+    """Bytes and bits by class, as published and as fetched or quantised."""
     from ds4py.quant import sizes
     from ds4py.sizes import format_size
 
-    before, after = planned.published, planned.bundle
-    head = ("parameters", "published", "bits", "2bit", "bits")
+    before, after = planned.published, planned.made
+    made = "GGUF" if planned.manifest.is_gguf else "2bit"
+    head = ("parameters", "published", "bits", made, "bits")
     yield "{:14} {:>16} {:>10} {:>6} {:>10} {:>6}".format("tensors", *head)
     ordered = sorted(after.values(), key=lambda size: -size.n_bytes)
     for size in [*ordered, sizes.total(after)]:

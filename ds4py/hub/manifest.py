@@ -39,6 +39,11 @@ class Manifest:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The published config.json: sizes can be told before anything is fetched."""
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file."""
+        return all(file.endswith(".gguf") for file in self.files)
+
     def wants(self, path: str) -> bool:
         """Whether the file belongs to the model."""
         return any(
@@ -58,6 +63,9 @@ def load(name: str) -> Manifest | None:
     if raw is None:
         return None
     raw.pop("source", None)  # for people: where the facts come from
+    other = raw.pop("config_of", None)  # the same model in other files
+    if other is not None:
+        raw["config"] = _carried()[other]["config"]
     return Manifest(name=name, **raw | {"files": tuple(raw["files"])})
 
 

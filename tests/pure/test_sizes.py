@@ -84,3 +84,16 @@ def test_where_its_memory_would_go() -> None:
     assert "error" in planned.report(planned.Planned(made.manifest, None, "8GB"))["memory"]
     whole = planned.report(planned.Planned(made.manifest, 100_000, "128GB"))["memory"]
     assert not whole["streamed"] and whole["resident_records"] is None
+
+
+def test_a_gguf_file_is_planned_like_a_bundle() -> None:
+    """Its experts can stay on disk, too: sizes and memory are told before it is fetched."""
+    made = planned.Planned(known("flash-gguf")[0], 100_000, "48GB")
+    lines = "\n".join(f"{a} {b}" for a, b in planned.facts(made))
+    assert "86.7 GB" in lines and "as a bundle" not in lines
+    said = planned.report(made)
+    classes = sum(size["bytes"] for size in said["classes"])
+    assert 0 < made.manifest.weight_bytes - classes < GGUF_HEADER
+    memory = said["memory"]
+    assert memory["streamed"] and memory["experts_on_disk"] == 11008 * 7_077_888
+    assert memory["scratch"] < 2e9 and memory["resident_records"] > 4000
