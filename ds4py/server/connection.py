@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from typing import Any, ClassVar
 
 import h11
@@ -15,6 +16,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ds4py.server.errors import ApiError
 from ds4py.server.respond import to_json
+
+MAX_HEAD = 1 << 16
+"""Bytes of a request line and its headers."""
 
 
 class Connection(H11Protocol):
@@ -48,6 +52,8 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.MUST_CLOSE:
+            return  # bytes behind what was said to be the last request: its answer still goes out
         if not self._busy() and self._head_timer is None:
             self._expect_head()
         super().data_received(data)
@@ -68,17 +74,24 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Tell what is wrong, unless an answer is under way: then the connection just ends."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or self._busy():
+        cycle: Any = self.cycle
+        if self._busy() and not cycle.response_started:
+            cycle.disconnected = True  # its body cannot be read, and this is its answer
+            cycle.message_event.set()
+        elif self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or self._busy():
             self.transport.abort()
             return
-        too_large = "too large" in msg.lower()
-        status = 431 if too_large else 400
-        body = to_json(ApiError("this is not an HTTP request that can be read").openai()).encode()
+        error = sys.exc_info()[1]  # uvicorn calls this where it catches h11's
+        if getattr(error, "error_status_hint", 400) == 431:
+            told = ApiError(f"the request's head is longer than {MAX_HEAD} bytes", 431)
+        else:
+            told = ApiError("this is not an HTTP request that can be read")
+        body = to_json(told.openai()).encode()
         headers = [("content-type", "application/json"), ("connection", "close")]
         headers.append(("content-length", str(len(body))))
         with contextlib.suppress(h11.LocalProtocolError):
             for event in (
-                h11.Response(status_code=status, headers=headers),
+                h11.Response(status_code=told.status, headers=headers),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             ):

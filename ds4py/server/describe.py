@@ -55,6 +55,7 @@ ERRORS = {
     "413": "The body is too long.",
     "415": "The content encoding is not supported.",
     "429": "The queue is full; Retry-After says when to come back.",
+    "431": "The request's head is too long.",
     "500": "The engine failed; the log says how.",
     "503": "The model is being loaded, or the server is stopping.",
 }

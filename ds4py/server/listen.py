@@ -23,7 +23,7 @@ import uvicorn
 
 from ds4py.errors import InputError, OptionsError
 from ds4py.server.app import Rules, Service, make_app
-from ds4py.server.connection import Connection
+from ds4py.server.connection import MAX_HEAD, Connection
 from ds4py.server.worker import Worker
 
 MAX_UNIX_PATH = 103
@@ -167,7 +167,7 @@ def run(
         server_header=False,
         timeout_keep_alive=65,
         timeout_graceful_shutdown=int(grace_s) + 5,
-        h11_max_incomplete_event_size=1 << 16,
+        h11_max_incomplete_event_size=MAX_HEAD,
         backlog=BACKLOG,
     )
     try:
