@@ -8,6 +8,7 @@ and files only.
 from __future__ import annotations
 
 import hashlib
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from ds4py.text.messages import ASSISTANT, DSML, THINK
 
 if TYPE_CHECKING:
     from ds4py.engine.engine import Engine
+
+log = logging.getLogger("ds4.engine")
 
 FEWEST = 32
 """Tokens below which a prefix is read faster than it is found."""
@@ -138,7 +141,7 @@ class _Writer:
     def __init__(self, store: Store):
         self._place = store.directory, store.n_bytes
         self._waiting: queue.Queue[tuple[str, Image, bytes]] = queue.Queue(MOST_WAITING)
-        self.trouble: str | None = None
+        self._told = False
         self._thread = threading.Thread(target=self._run, name="kv writer", daemon=True)
         self._thread.start()
 
@@ -159,8 +162,15 @@ class _Writer:
             work = self._waiting.get()
             try:
                 store = store or Store(*self._place)
-                store.save(*work)
+                if not store.save(*work):
+                    self._tell(store.trouble)
             except Exception as exc:  # whatever it is, answers go on and `flush` returns
-                self.trouble = f"{type(exc).__name__}: {exc}"
+                self._tell(f"{type(exc).__name__}: {exc}")
             finally:
                 self._waiting.task_done()
+
+    def _tell(self, trouble: str | None) -> None:
+        """Once: a disk that is full would fail after every answer."""
+        if trouble is not None and not self._told:
+            log.warning("a session was not saved: %s", trouble)
+            self._told = True

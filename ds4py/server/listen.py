@@ -29,6 +29,8 @@ from ds4py.server.worker import Worker
 MAX_UNIX_PATH = 103
 """Bytes of a socket's path; macOS has room for no more."""
 BACKLOG = 512
+LAST_WORDS_S = 5.0
+"""How long clients may take to read how their answers ended."""
 SPARE_FILES = 128
 """File descriptors for everything that is no connection: macOS gives a process 256 in all."""
 
@@ -166,7 +168,6 @@ def run(
         access_log=False,
         server_header=False,
         timeout_keep_alive=65,
-        timeout_graceful_shutdown=int(grace_s) + 5,
         h11_max_incomplete_event_size=MAX_HEAD,
         backlog=BACKLOG,
     )
@@ -188,7 +189,10 @@ async def _serve(
 
     async def end_answers() -> None:
         await asyncio.sleep(grace_s)
-        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(worker.stop)  # as long as a step and writing sessions take
+        await asyncio.sleep(LAST_WORDS_S)
+        for left in list(server.server_state.connections):
+            left.transport.abort()
 
     def on_signal() -> None:
         if endings:
@@ -199,6 +203,7 @@ async def _serve(
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+    worker.ended = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)
     worker.start()
     serving = asyncio.ensure_future(server.serve(sockets=listeners))
     while not worker.opened.is_set() and not serving.done():

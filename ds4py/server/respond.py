@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ds4py.errors import InputError
+from ds4py.errors import CapacityError, OptionsError, PromptError
 from ds4py.server.errors import ApiError
 from ds4py.server.generation import Turn
 from ds4py.server.request import Chance, Event, Failed, Finished, Request, Scored
@@ -347,7 +347,7 @@ async def _send_body(send: Send, text: str, more: bool) -> None:
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, InputError):
+    if isinstance(error, PromptError | OptionsError | CapacityError):  # the request is at fault
         return ApiError(str(error))
     log.error("an answer failed", exc_info=error)
     return ApiError(f"the engine failed ({type(error).__name__}); see the server's log", 500)

@@ -94,6 +94,8 @@ class Worker:
         """Why the model could not be loaded, or why the thread ended."""
         self.opened = threading.Event()
         """Set when the model is loaded, or cannot be."""
+        self.ended: Callable[[], object] = lambda: None
+        """Called on the worker's thread when it ends."""
         self.counters = Counters()
         self.sessions: dict[str, int] = {}
         """The scheduler's statistics when a request last came or went."""
@@ -164,7 +166,8 @@ class Worker:
             engine, self._scheduler = self._opener(self._progress)
             self.engine = engine
         except BaseException as error:
-            self.error = error
+            if not self._stopping:
+                self.error = error
             return
         finally:
             self.opened.set()
@@ -177,9 +180,13 @@ class Worker:
             raise
         finally:
             self._end_all()
+            self.ended()
 
     def _progress(self, stage: str, done: int, total: int) -> None:
+        """Raises NotReady when nobody waits for the model any more."""
         self.loading = (done, total)
+        if self._stopping:
+            raise NotReady(self._why_not())
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when stopping."""

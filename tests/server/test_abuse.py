@@ -3,11 +3,16 @@
 import contextlib
 import json
 import logging
+import threading
+from typing import Any
 
+import httpx2
 import pytest
 
+from ds4py.server import listen
 from ds4py.server.app import Rules
-from tests.server.scripted import Running, Script, ScriptedEngine
+from ds4py.server.worker import Worker
+from tests.server.scripted import Running, Script, ScriptedEngine, ScriptedScheduler
 from tests.server.test_streams import CHAT, HELLO, OFF, Gate, until
 
 
@@ -92,3 +97,28 @@ def test_heads_have_limits() -> None:
             long = b"X: " + b"y" * 50_000
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + long + b"\r\n\r\n")
             assert b" 200 " in connection.recv(100)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_ends_ends_the_server() -> None:
+    """Rather than one that refuses everything for ever: whoever started it can start it again."""
+    engine: Any = ScriptedEngine(Script(["x"]))
+
+    class Broken(ScriptedScheduler):
+        def respell(self, tokens: list[int]) -> list[int]:
+            raise ZeroDivisionError("the engine broke")
+
+    scheduler: Any = Broken(engine)
+    worker = Worker(lambda progress: (engine, scheduler), 4, 64)
+    listener = listen.open_tcp("127.0.0.1", 0)
+    address, answers = listener.getsockname(), []
+
+    def ask() -> None:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{address[1]}") as http:
+            answers.append(http.post(CHAT, json={**HELLO, **OFF}))
+
+    asking = threading.Thread(target=ask)
+    with pytest.raises(ZeroDivisionError):
+        listen.run(worker, Rules(), [listener], 0.2, lambda stop: asking.start())
+    asking.join()
+    assert answers[0].status_code == 503
