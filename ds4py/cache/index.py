@@ -81,11 +81,17 @@ class Index:
     """An open index. Methods raise sqlite3.Error."""
 
     def __init__(self, path: Path | None):
-        """path: None keeps it in memory, where a directory cannot be written."""
+        """path: None keeps it in memory, where a directory cannot be written.
+
+        Raises sqlite3.DatabaseError when the file is no index or damaged.
+        """
         if path is not None and not path.exists():
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         self._db = sqlite3.connect(":memory:" if path is None else path, timeout=5)
         try:
+            (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":  # a file that was cut can still be read, and says what nobody wrote
+                raise sqlite3.DatabaseError(found)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             self.fresh = version != SCHEMA
             if self.fresh:
@@ -117,11 +123,13 @@ class Index:
     def ids(self, snapshot: Found) -> bytes:
         """All token ids of a snapshot; empty when a segment is missing."""
         parts, parent = [snapshot.tail], snapshot.parent
+        passed: set[str] = set()  # who walks in a circle is damaged, too
         while parent is not None:
             row = self._db.execute("SELECT parent, ids FROM segments WHERE name = ?", (parent,))
             found = row.fetchone()
-            if found is None:
+            if found is None or parent in passed:
                 return b""
+            passed.add(parent)
             parent = found[0]
             parts.append(found[1])
         return b"".join(reversed(parts))
@@ -206,16 +214,16 @@ class Index:
 
         def segment(name: str | None) -> Segment | None:
             """With all below it, which a long context has too many of for recursion."""
-            missing = []
-            while name in rows and name not in segments:
-                missing.append(rows[name])
-                name = rows[name][1]
-            for own, parent, identity, ids, n_bytes in reversed(missing):
+            missing, at = {}, name
+            while at in rows and at not in segments and at not in missing:  # nor in a circle
+                missing[at] = rows[at]
+                at = rows[at][1]
+            for own, parent, identity, ids, n_bytes in reversed(missing.values()):
                 below = root(identity) if parent is None else segments.get(parent)
                 if below is None:
                     break  # a segment is gone: what is beyond it is of no use
                 segments[own] = Segment(own, ids, n_bytes, below)
-            return segments.get(missing[0][0] if missing else name or "")
+            return segments.get(name or "")
 
         entries, broken = {}, []
         query = (

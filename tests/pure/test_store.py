@@ -118,6 +118,32 @@ def test_the_index_is_made_again(tmp_path: Path, damage: str) -> None:
     again.close()
 
 
+def test_an_index_cut_anywhere_is_made_again(tmp_path: Path) -> None:
+    store, tokens = Store.open(tmp_path, ROOM), images.ids(1, 2000)
+    for end in (300, 900, 2000):
+        assert save(store, tokens[:end])
+    store.close()
+    path = tmp_path / "index.sqlite"
+    data = path.read_bytes()
+    for n in range(0, len(data), 3500):
+        path.write_bytes(data[:n])
+        again = Store.open(tmp_path, ROOM)
+        found = {e.tokens: again.ids(e) for e in again.entries()}
+        assert found == {end: tokens[:end].tolist() for end in (300, 900, 2000)}, n
+        again.close()
+
+
+@pytest.mark.parametrize("which", ["parent IS NULL", "name = :last"], ids=["all", "one"])
+def test_an_index_that_goes_in_circles(store: Store, which: str) -> None:
+    tokens = images.ids(1, 700)
+    assert save(store, tokens)
+    (found,) = store.entries()
+    change = f"UPDATE segments SET parent = :last WHERE {which}"
+    store._index._db.execute(change, {"last": found.parent})
+    assert store.ids(found) == []
+    assert store._index.tree().broken == [found.name]
+
+
 def _old_index() -> bytes:
     import sqlite3
 
