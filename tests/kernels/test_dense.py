@@ -223,7 +223,8 @@ def test_a_wrong_projection_is_noticed(name: str, right: str, wrong: str) -> Non
         ("H + j * H + k]", "H + k * H + j]"),
         ("row <= R", "row < R"),
         ("= float(rounded);", "= 0.5f * sum;"),
-        ("partials + group * S", "partials + S"),
+        ("partials + first / PART * STRIDE", "partials + STRIDE"),
+        ("part * stride", "part"),
         ("threadgroup_barrier(mem_flags::mem_threadgroup);\n  // A simd", "// A simd"),
     ],
     1,
@@ -305,7 +306,7 @@ def test_a_wrong_matrix_product_is_noticed(name: str, right: str, wrong: str) ->
     "right wrong",
     [
         ("j < TERMS", "j < 1"),
-        ("+ position) * (R + 1)", ") * (R + 1)"),
+        ("+ position * (R + 1), stride", ", stride"),
         ("streams + before", "streams"),
     ],
     1,

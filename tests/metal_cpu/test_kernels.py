@@ -217,6 +217,16 @@ def test_attention_with_a_running_maximum(n: int, mode: str, seed: int) -> None:
         assert traffic["keys"].loaded == 5 * keys[:n].nbytes
 
 
+def test_a_sample_of_threadgroups() -> None:
+    """Of six threadgroups, a row of the result each, the first and the fourth."""
+    q, keys, values = (RNG.normal(size=(r, 64)).astype(np.float32) for r in (6, 8, 8))
+    whole = attend(q, keys, values, 8)
+    out = attend(q, keys, values, 8, mode="check", sampled=2)
+    np.testing.assert_array_equal(out[[0, 3]], whole[[0, 3]])
+    traffic = ATTEND.last.traffic
+    assert traffic["out"].stored == q[:2].nbytes and traffic["keys"].loaded == 2 * keys.nbytes
+
+
 def test_a_missing_barrier_in_attention_is_found() -> None:
     barrier = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
     broken = Kernel("attend", ATTEND.input_names, ["out"], ATTEND.source.replace(barrier, ""))
