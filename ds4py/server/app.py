@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,11 +23,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ds4py.server import anthropic, describe, metrics
+from ds4py.server import about, anthropic, describe
 from ds4py.server import body as bodies
 from ds4py.server.anthropic import CountBody, MessagesBody, MessagesExchange
 from ds4py.server.errors import ApiError, NotReady
@@ -46,7 +46,7 @@ from ds4py.server.openai_responses import (
 )
 from ds4py.server.prompt import PromptWriter
 from ds4py.server.replay import Replays
-from ds4py.server.respond import Bridge, Exchange, Inbox, Pace, Stream, Whole, to_json
+from ds4py.server.respond import Bridge, Exchange, Inbox, Pace, Stream, Whole, reply
 from ds4py.server.tokens import DetokenizeBody, TokenizeBody, detokenized, tokenized
 from ds4py.server.trace import Trace
 from ds4py.server.worker import Job, Worker
@@ -57,12 +57,6 @@ Generating = TypeVar("Generating", bound=bodies.ModelBody)
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 REQUEST_ID = "ds4.request_id"
-PAGE = Path(__file__).with_name("page.html")
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The page is one file and asks nobody but this server."""
 OPEN_PATHS = ("/health", "/")
 """Paths that need no key: a page without secrets and the question whether anybody is there."""
 
@@ -261,93 +255,6 @@ async def detokenize(request: HttpRequest) -> Response:
     return reply(await asyncio.to_thread(detokenized, body, writer))
 
 
-async def told_openapi(request: HttpRequest) -> Response:
-    return reply(describe.openapi())
-
-
-def _model_object(service: Service, for_anthropic: bool) -> dict[str, Any]:
-    """The model under the names by which clients look for its context."""
-    writer, engine = service.writer, service.worker.engine
-    assert engine is not None
-    trained = engine.config.max_position_embeddings
-    described = {
-        "id": writer.model,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "ds4",
-        "context_length": writer.context,
-        "max_model_len": writer.context,
-        "meta": {"n_ctx": writer.context, "n_ctx_train": trained},
-    }
-    if for_anthropic:
-        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.created))
-        described |= {
-            "type": "model",
-            "display_name": writer.model,
-            "created_at": made,
-            "lifecycle": "active",
-            "max_input_tokens": writer.context,
-            "max_tokens": writer.context,
-            **dict.fromkeys(("capabilities", "line", "deprecated_at", "retires_at")),
-        }
-    return described
-
-
-async def models(request: HttpRequest) -> Response:
-    for_anthropic = "anthropic-version" in request.headers
-    found = _model_object(request.app.state.service, for_anthropic)
-    ends = {"has_more": False, "first_id": found["id"], "last_id": found["id"]}
-    return reply({"object": "list", "data": [found], **(ends if for_anthropic else {})})
-
-
-async def one_model(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    found = _model_object(service, "anthropic-version" in request.headers)
-    name = request.path_params["name"]
-    if name != found["id"]:
-        raise ApiError(
-            f"there is no model {name!r}; there is {found['id']}",
-            404,
-            param="model",
-            code="model_not_found",
-        )
-    return reply(found)
-
-
-async def health(request: HttpRequest) -> Response:
-    """200 once the model is loaded, 503 before."""
-    worker: Worker = request.app.state.service.worker
-    if worker.engine is None:
-        done, total = worker.loading
-        return reply({"status": "loading", "done": done, "total": total}, 503)
-    return reply({"status": "ok", "active": worker.n_active, "waiting": worker.n_waiting})
-
-
-async def told_status(request: HttpRequest) -> Response:
-    return reply(metrics.status(request.app.state.service.worker))
-
-
-async def told_metrics(request: HttpRequest) -> Response:
-    text = metrics.prometheus(request.app.state.service.worker)
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def props(request: HttpRequest) -> Response:
-    """The context, where llama.cpp's clients look for it."""
-    writer = request.app.state.service.writer
-    return reply({"default_generation_settings": {"n_ctx": writer.context}, "total_slots": 1})
-
-
-async def page(request: HttpRequest) -> Response:
-    headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
-
-
-def reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response."""
-    return Response(to_json(value), status, headers, media_type="application/json")
-
-
 def error_reply(scope: Scope, error: ApiError) -> Response:
     """An error in the shape of the API that the path belongs to."""
     if scope["path"].startswith("/v1/messages"):
@@ -457,16 +364,16 @@ ANSWERS: dict[str, Endpoint] = {
     "/v1/responses/{id}": stored,
     "/v1/responses/{id}/input_items": stored_items,
     "/v1/messages/count_tokens": count_tokens,
-    "/v1/models": models,
-    "/v1/models/{name}": one_model,
+    "/v1/models": about.models,
+    "/v1/models/{name}": about.one_model,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
-    "/health": health,
-    "/status": told_status,
-    "/metrics": told_metrics,
-    "/props": props,
-    "/openapi.json": told_openapi,
-    "/": page,
+    "/health": about.health,
+    "/status": about.told_status,
+    "/metrics": about.told_metrics,
+    "/props": about.props,
+    "/openapi.json": about.told_openapi,
+    "/": about.page,
 }
 """What answers at each of the endpoints that `describe` lists."""
 

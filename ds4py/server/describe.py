@@ -99,6 +99,7 @@ ENDPOINTS = (
 ABSENT = {
     "/v1/responses/compact": "conversations are not compacted here; have the model summarise",
     "/v1/responses/{id}/cancel": "answers end when their client closes the connection",
+    "/v1/chat/completions/{id}": "chat completions are not stored here; /v1/responses are",
     "/v1/conversations": "conversations are not kept here; send previous_response_id",
     "/v1/messages/batches": "there are no batches here; send the messages one by one",
     "/v1/batches": "there are no batches here; send the requests one by one",

@@ -334,6 +334,11 @@ def to_json(value: Any) -> str:
     return text
 
 
+def reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(to_json(value), status, headers, media_type="application/json")
+
+
 def frame(data: Any, event: str | None = None) -> str:
     """One server-sent event."""
     name = f"event: {event}\n" if event else ""

@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(self, opener: Opener, slots: int, queue_length: int) -> None:
         self._opener = opener
-        self._slots = slots
+        self.n_slots = slots
         self._queue_length = queue_length
         self._wake = threading.Condition()
         self._queue: deque[Job] = deque()
@@ -202,7 +202,7 @@ class Worker:
         """Give sessions to the requests that have waited longest."""
         assert self._scheduler is not None and self.engine is not None
         assert self.engine.tokenizer is not None
-        while len(self._active) < self._slots and perf_counter() >= self._retry_at:
+        while len(self._active) < self.n_slots and perf_counter() >= self._retry_at:
             with self._wake:
                 job = next((job for job in self._queue if not self._is_being_read(job)), None)
             if job is None:

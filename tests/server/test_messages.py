@@ -1,5 +1,6 @@
 """Anthropic's messages through the `anthropic` package."""
 
+import json
 from typing import Any
 
 import anthropic
@@ -88,6 +89,27 @@ def test_a_tool_call_and_its_result(served: Any) -> None:
     ]
     second = served.anthropic().messages.create(messages=history, **ask)
     assert second.content[0].text == "It is 21 degrees and sunny in Rome."
+
+
+def test_tools_run_by_the_client(served: Any) -> None:
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the weather in a city.
+
+        Args:
+            city: The city.
+        """
+        assert city == "Rome"
+        return json.dumps({"temperature": 21, "sky": "sunny"})
+
+    runner = served.anthropic().beta.messages.tool_runner(
+        model="m",
+        max_tokens=200,
+        messages=[{"role": "user", "content": "What is the weather in Rome?"}],
+        tools=[get_weather],
+        extra_body={"temperature": 0},
+    )
+    assert runner.until_done().content[0].text == "It is 21 degrees and sunny in Rome."
 
 
 def test_blocks_of_a_stream_with_calls() -> None:

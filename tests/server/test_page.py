@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ds4py.server import app
+from ds4py.server import about, app
 from tests.server.scripted import Running, Script, ScriptedEngine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -21,7 +21,7 @@ def test_it_names_no_other_place(served: Any) -> None:
     assert response.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in response.headers["content-security-policy"]
     text = response.text
-    assert text == app.PAGE.read_text(encoding="utf-8")
+    assert text == about.PAGE.read_text(encoding="utf-8")
     assert re.findall(r"(?:src|href)=|https?://|@import|url\(", text) == []
     paths = set(re.findall(r'call\("([^"]+)"', text))
     with served.http() as http:
