@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ log = logging.getLogger("ds4.server")
 
 MOST_AT_ONCE = 64
 """Events in one write: a model faster than the network must not keep the write from happening."""
+PAUSE_S = 0.016
+"""Between two looks for events, a screen's frame: tokens that come faster are sent together."""
 
 Record = Callable[[list[str], Turn], None]
 """Keeps a turn under the ids of its calls."""
@@ -109,28 +112,42 @@ class Exchange(Protocol):
 class Bridge:
     """Brings events from the worker's thread to this loop, waking it once for all that is there.
 
-    Waking costs a system call, which at one for every token of every stream would be the greater
-    part of what the server adds to the model's time.
+    Waking costs system calls and two changes of the thread that runs Python; once for every token
+    of every stream, it would be the greater part of what the server adds to the model's time.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._posted: deque[tuple[Callable[[list[Event]], None], list[Event]]] = deque()
-        self._woken = False
+        self._lock = threading.Lock()
+        self._due = False
+        """Whether the loop is going to look; changed under the lock."""
+        self._last = 0.0
 
     def post(self, put: Callable[[list[Event]], None], events: list[Event]) -> None:
         """Have `put` called with the events, on the loop. Called on the worker's thread."""
         self._posted.append((put, events))
-        if not self._woken:
-            self._woken = True
-            with contextlib.suppress(RuntimeError):  # the loop ended: nobody is left to read
-                self._loop.call_soon_threadsafe(self._deliver)
+        with self._lock:
+            if self._due:
+                return
+            self._due = True
+        with contextlib.suppress(RuntimeError):  # the loop ended: nobody is left to read
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        self._woken = False  # first, so that what is posted from here on wakes the loop again
+        """Hand over what is there; while events keep coming, look again after a pause.
+
+        The first one after a silence starts no pause: a first token may follow it closely.
+        """
+        now = self._loop.time()
+        with self._lock:
+            self._due = again = bool(self._posted) and now - self._last < 2 * PAUSE_S
+        self._last = now if self._posted else self._last
         while self._posted:
             put, events = self._posted.popleft()
             put(events)
+        if again:
+            self._loop.call_later(PAUSE_S, self._deliver)
 
 
 class Inbox:

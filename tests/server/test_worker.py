@@ -1,5 +1,6 @@
 """The worker with the real engine: shared steps, slices between them, prefixes that stay."""
 
+import asyncio
 import itertools
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 from ds4py import Engine, SamplingOptions
 from ds4py.engine.scheduler import Scheduler
 from ds4py.server.request import Failed, Finished, Reading, Request
+from ds4py.server.respond import Bridge
 from ds4py.server.worker import SLICE, Job, Worker
 from ds4py.text import chat
 from ds4py.text.events import Content
@@ -143,3 +145,24 @@ def test_who_does_not_read_is_not_written_to(worker: Worker, engine: Engine) -> 
     assert other.text == "17 + 25 = 42."
     assert not any(isinstance(event, Content) for event in behind.events)
     worker.cancel([behind])
+
+
+def test_what_is_posted_fast_comes_whole_and_in_order() -> None:
+    """Also the last one, after which nothing wakes the loop any more; and again after a silence."""
+
+    async def run() -> list[int]:
+        bridge, over, got = Bridge(), asyncio.Event(), list[Any]()
+
+        def put(events: list[Any]) -> None:
+            got.extend(events)
+            if got[-1] % 1000 == 999:
+                over.set()
+
+        for start in (0, 1000, 2000):
+            numbers: Any = range(start, start + 1000)
+            await asyncio.to_thread(lambda n=numbers: [bridge.post(put, [i]) for i in n])
+            await asyncio.wait_for(over.wait(), 60)
+            over.clear()
+        return got
+
+    assert asyncio.run(run()) == list(range(3000))
