@@ -167,7 +167,7 @@ def test_too_few_slots() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "prefetch", "swap"),
-    [("lru", "hash", 0.0), ("decayed", "off", 0.0), ("lru", "router", 0.0), ("lru", "router", 0.5)],
+    [("lru", "hash", 0.0), ("decayed", "off", 0.0), ("lru", "router", 0.5)],
 )
 def test_the_engine_misses_what_the_simulator_says(
     bundle: Path, policy: str, prefetch: str, swap: float
