@@ -56,7 +56,7 @@ def test_bytes_nobody_would_send() -> None:
 def test_many_more_of_them_and_those_of_the_document() -> None:
     pytest.importorskip("schemathesis", reason="the extra `fuzz` is missing")
     done = subprocess.run(
-        [sys.executable, "-m", "tools.serve_fuzz", "--requests", "450", "--seed", "7"],
+        [sys.executable, "-m", "tools.serve_fuzz", "--requests", "240", "--seed", "7"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -65,4 +65,4 @@ def test_many_more_of_them_and_those_of_the_document() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert min(report["asked"].values()) >= 100 and report["statuses"]["200"] > 20
+    assert min(report["asked"].values()) >= 50 and report["statuses"]["200"] > 10

@@ -62,6 +62,9 @@ def test_a_chat_in_chromium(served: Any, tmp_path: Path) -> None:
         expect(page.locator("#context")).not_to_have_text("0 / 16384")
         expect(page.locator("#hit")).to_contain_text("%")
         page.screenshot(path=os.environ.get("DS4_SCREENSHOT", str(tmp_path / "page.png")))
+        page.set_viewport_size({"width": 390, "height": 760})
+        for shown in ("#write", "#text", "#send"):
+            expect(page.locator(shown)).to_be_in_viewport()
         page.click("#fresh")
         expect(page.locator(".assistant")).to_have_count(0)
         browser.close()
