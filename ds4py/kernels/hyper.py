@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ds4py.kernels.build import SMALL, Launcher
+from ds4py.kernels.formats import PackedMatrix
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, Ops, Weight
 
@@ -123,19 +124,19 @@ EMBED_CHANNELS = 64
 
 
 def embed(
-    launcher: Launcher, tokens: Array, table: Array, fn: Array, n_streams: int, dtype: Dtype
+    launcher: Launcher, tokens: Array, table: PackedMatrix, fn: Array, n_streams: int, dtype: Dtype
 ) -> tuple[Array, Array]:
     """Rows `tokens` int32 [S] of table [V, D] once per stream, and what `pre` needs of them.
 
     fn [R, H*D] of any floating-point type. -> streams [S, H, D] of `dtype`, partials [P, S, R + 1].
     """
-    n, d, rows = tokens.shape[0], table.shape[1], fn.shape[0]
+    n, d, rows = tokens.shape[0], table.n_in, fn.shape[0]
     n_parts = -(-d // EMBED_CHANNELS)
-    template = (("T", dtype), ("H", n_streams), ("D", d), ("R", rows))
+    template = (("T", dtype), ("H", n_streams), ("D", d), ("R", rows), ("F", table.code))
     outputs = (((n, n_streams, d), dtype), ((n_parts, n, rows + 1), mx.float32))
     grid = (256 * n_parts, -(-n // 8), 1)
     streams, partials = launcher.launch(
-        "hyper_embed", (tokens, table, fn), template, grid, (256, 1, 1), outputs
+        "hyper_embed", (tokens, table.rows, fn), template, grid, (256, 1, 1), outputs
     )
     return streams, partials
 

@@ -204,7 +204,9 @@ class MlxOps:
     argsort = staticmethod(mx.argsort)
     take_along_axis = staticmethod(mx.take_along_axis)
 
-    def array(self, x: npt.NDArray[Any]) -> mx.array:
+    def array(self, x: npt.NDArray[Any] | mx.array) -> mx.array:
+        if isinstance(x, mx.array):  # of it mx.array would make a copy
+            return x
         return mx.array(x, mx.float32) if x.dtype == np.float64 else mx.array(x)
 
     def to_mlx(self, x: mx.array) -> mx.array:

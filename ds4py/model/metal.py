@@ -21,7 +21,7 @@ from ds4py.config import LayerPlan
 from ds4py.kernels import attend, compress, dense, heads, hyper, index, matvec, moe, route, state
 from ds4py.kernels.attend import StoredRows
 from ds4py.kernels.build import Launcher
-from ds4py.kernels.formats import ExpertRecords, PackedMatrix, unpack
+from ds4py.kernels.formats import ExpertRecords, PackedMatrix
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, Dtype
 from ds4py.model.fused import Residual, Routing, Streams
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
 
 Packed = tuple[PackedMatrix, ...]
 Projected = Sequence[tuple[Array, Array]]
-Table = Array | PackedMatrix
 
 EXPERTS = "experts while importance is collected"
-EMBEDDING = "rows of a packed embedding"
 """What runs as plain MLX operations."""
 
 
@@ -138,23 +136,14 @@ class Metal(Reference):
         c = self.config
         return numbers(c.rms_norm_eps, (c.index_head_dim * c.index_n_heads) ** -0.5)
 
-    def embed(self, table: Table, tokens: Array, n_streams: int, reader: HyperWeights) -> Streams:
+    def embed(
+        self, table: PackedMatrix, tokens: Array, n_streams: int, reader: HyperWeights
+    ) -> Streams:
         def run(tokens: Array) -> Sequence[Array]:
-            return self._rows(table, tokens, n_streams, reader)
+            fn = reader.fn.arrays[0]
+            return hyper.embed(self.launcher, tokens, table, fn, n_streams, self.dtype)
 
-        if isinstance(table, PackedMatrix):
-            self.launcher.plain[EMBEDDING] += 1
         return Streams(*self._replay(("embed", id(reader)), tokens, (tokens,), run))
-
-    def _rows(
-        self, table: Table, tokens: Array, n_streams: int, reader: HyperWeights
-    ) -> tuple[Array, Array]:
-        """Rows of the embedding as streams [S, H, D], and what `reader` needs of them."""
-        fn = reader.fn.arrays[0]
-        if isinstance(table, PackedMatrix):  # it stays as it is stored: blocks are decoded here
-            rows = unpack(table.format, table.rows[tokens], table.n_in)
-            table, tokens = rows, self.ops.arange(tokens.shape[0])
-        return hyper.embed(self.launcher, tokens, table, fn, n_streams, self.dtype)
 
     def enter(self, streams: Streams, reader: HyperWeights, norm: Array) -> tuple[Array, Residual]:
         def run(values: Array, partials: Array | None) -> Sequence[Array]:
@@ -379,7 +368,8 @@ class Metal(Reference):
 
         def run(streams: Array, tokens: Array) -> Sequence[Array]:
             n, h, d = streams.shape
-            rows, _ = self._rows(layer.embed, tokens, h, reader)
+            fn = reader.fn.arrays[0]
+            rows, _ = hyper.embed(self.launcher, tokens, layer.embed, fn, h, self.dtype)
             new = self._dense(rows.reshape(n, h * d), layer.e_proj, norm=layer.enorm, eps=eps)
             old = streams.reshape(n * h, d)
             old = self._dense(old, layer.h_proj, norm=layer.hnorm, eps=eps, result=self.dtype)

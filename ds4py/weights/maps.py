@@ -24,10 +24,6 @@ class Part:
     """Results in the type of sums, not of activations."""
 
 
-TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-"""What MLX calls the formats without blocks."""
-
-
 class Maps(Protocol):
     """What the loader asks for; names as in `Source.matrix`."""
 
@@ -102,10 +98,8 @@ class PackedMaps:
     def grouped(self, name: str, n_groups: int) -> LinearMaps:
         return (self._matrix(name),)  # groups lie one above the other in the file, too
 
-    def table(self, name: str) -> Array | PackedMatrix:
-        matrix = self._matrix(name)
-        kind = TYPES.get(matrix.format)
-        return matrix if kind is None else matrix.rows.view(kind)
+    def table(self, name: str) -> PackedMatrix:
+        return self._matrix(name)
 
     def mix(self, name: str) -> Weight:
         fn = self.source.floats(name)

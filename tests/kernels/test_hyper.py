@@ -8,7 +8,9 @@ import pytest
 
 from ds4py.kernels import hyper
 from ds4py.kernels.build import Launcher
+from ds4py.kernels.formats import unpack
 from ds4py.kernels.ops import MlxOps, Ops
+from tests.kernels.packed import random_matrix
 from tests.kernels.shaders import DTYPES, LATER, caught, close, host
 
 pytestmark = pytest.mark.shader
@@ -99,11 +101,12 @@ def test_pre_planted(change: tuple[str, str]) -> None:
 
 
 class Embed:
-    """One case of `embed`."""
+    """One case of `embed`; table: its format."""
 
-    def __init__(self, n: int, d: int, rows: int, dtype: Any, table: Any, h: int = 4):
-        self.tokens = mx.array(np.random.default_rng(n).integers(0, 50, n).astype(np.int32))
-        self.table = normal(7, 50, d).astype(table)
+    def __init__(self, n: int, d: int, rows: int, dtype: Any, table: str, h: int = 4):
+        rng = np.random.default_rng(n)
+        self.tokens = mx.array(rng.integers(0, 50, n).astype(np.int32))
+        self.table = random_matrix(table, 50, d, rng)
         self.weights, self.dtype, self.h = weights(h, d, rows), dtype, h
 
     def run(self, launcher: Launcher) -> Any:
@@ -112,23 +115,39 @@ class Embed:
         return streams, partials.sum(0, keepdims=True)
 
     def expected(self) -> Any:
-        table = self.table.astype(self.dtype)
+        rows = np.array(unpack(self.table.format, np.array(self.table.rows), self.table.n_in))
+        table = mx.array(rows).astype(self.dtype)
         return hyper.embed_ref(OPS, self.tokens, table, self.weights, self.h)
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "rows"), [(1, 256, 24), (8, 256, 24), (9, 32, 24), (17, 100, 4), (3, 8, 24)]
+    ("n", "d", "rows"), [(1, 256, 24), (8, 256, 24), (9, 32, 24), (17, 104, 4), (3, 8, 24)]
 )
-@pytest.mark.parametrize("table", [*DTYPES, pytest.param(mx.float16, marks=LATER)])
-def test_embed(n: int, d: int, rows: int, table: Any) -> None:
-    dtype = mx.float32 if table == mx.float32 else mx.bfloat16
+@pytest.mark.parametrize("table", ["F32", *(pytest.param(f, marks=LATER) for f in ("BF16", "F16"))])
+def test_embed(n: int, d: int, rows: int, table: str) -> None:
+    dtype = mx.float32 if table == "F32" else mx.bfloat16
     case = Embed(n, d, rows, dtype, table)
+    close(case.run, case.expected(), 2e-5, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "Q8_0",
+        *(
+            pytest.param(f, marks=LATER)
+            for f in ("Q2_K", "Q4_K", "Q6_K", "IQ2_XXS", "MXFP4", "FP8")
+        ),
+    ],
+)
+def test_embed_of_blocks(table: str) -> None:
+    case = Embed(5, 768, 24, mx.float32, table)
     close(case.run, case.expected(), 2e-5, 1e-4)
 
 
 @LATER
 def test_embed_of_flash() -> None:
-    case = Embed(2, 4096, 24, mx.bfloat16, mx.bfloat16)
+    case = Embed(2, 4096, 24, mx.bfloat16, "BF16")
     close(case.run, case.expected(), 2e-5, 1e-3)
 
 
@@ -139,14 +158,18 @@ def test_embed_of_flash() -> None:
         ("h < H; h++) sum +=", "h < H - 1; h++) sum +="),
         ("float2(float(H))", "float2(1.0f)"),
         ("+ first_row + row) * (R + 1)", "+ row) * (R + 1)"),
-        ("i / EMBED_CHANNELS < n_rows", "i / EMBED_CHANNELS <= n_rows"),
+        ("i / OCTETS < n_rows", "i / OCTETS <= n_rows"),
+        ("channel / 256 * 256", "channel / 512 * 512"),
+        ("(begin >> 2), uint(begin & 3)", "(begin >> 2), uint(0)"),
+        (": o.hi[j - 4]) * o.scale", ": o.lo[j - 4]) * o.scale"),
     ],
 )
 def test_embed_planted(change: tuple[str, str]) -> None:
-    case = Embed(9, 96, 24, mx.float32, mx.float32)
+    cases = [Embed(9, 96, 24, mx.float32, "F32"), Embed(9, 352, 24, mx.float32, "Q8_0")]
 
     def check(launcher: Launcher) -> None:
-        for x, y in zip(host(case.run(launcher)), host(case.expected()), strict=True):
-            np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-4)
+        for case in cases:
+            for x, y in zip(host(case.run(launcher)), host(case.expected()), strict=True):
+                np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-4)
 
     caught(check, {"hyper_embed": change})
