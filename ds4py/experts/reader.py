@@ -133,7 +133,8 @@ class RecordReader:
         bounce = self._bounce(length)
         skip = span.offset - start
         n_read = min(max(0, self._fill(file.descriptor, bounce, start) - skip), span.n_bytes)
-        target[:n_read] = bounce[skip : skip + n_read]
+        if n_read:  # by numpy, which lets other threads run meanwhile
+            np.frombuffer(target, np.uint8)[:n_read] = np.frombuffer(bounce, np.uint8, n_read, skip)
         return n_read
 
     def _fill(self, descriptor: int, target: memoryview, offset: int) -> int:
