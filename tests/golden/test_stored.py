@@ -3,7 +3,9 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from ds4py.quant.recipe import Recipe
 from ds4py.weights.bundle import Bundle
 from ds4py.weights.checkpoint import Checkpoint
 from ds4py.weights.files import ModelFiles
+from ds4py.weights.maps import PackedMaps
 from ds4py.weights.source import FP8, Source, StoredMatrix
 from tests.golden import gguf_files, sets
 from tests.golden.test_storage import BASE, RELEASED
@@ -98,3 +101,24 @@ def test_records_can_be_the_files_own_pages(tmp_path: Path) -> None:
     assert mapped.records.nbytes % build.PAGE_BYTES == 0
     for host in (mapped.records, read.records[:, 1:]):
         np.testing.assert_array_equal(np.array(build.adopt(host)), host)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1.5, -(2.0**-100)], mx.bfloat16),
+        ([1 + 2.0**-10, 2.0**-24], mx.float16),
+        ([1 + 2.0**-10, 2.0**-26], mx.float32),
+        ([1 + 2.0**-10, 65536], mx.float32),
+    ],
+)
+def test_kernels_read_fn_in_two_bytes_where_those_are_exact(
+    values: list[float], dtype: mx.Dtype
+) -> None:
+    class Numbers:
+        def floats(self, name: str) -> np.ndarray:
+            return np.array([values], np.float32)
+
+    (fn,) = PackedMaps(cast(Source, Numbers()), mx.float32, mx.array).mix("hc_head_fn").arrays
+    assert fn.dtype == dtype
+    np.testing.assert_array_equal(np.array(fn.astype(mx.float32)), [values])

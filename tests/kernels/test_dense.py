@@ -158,12 +158,15 @@ def test_expand(s: int, n_in: int, d: int, r: int, name: str) -> None:
 
 
 def test_expand_in_bfloat16() -> None:
-    """The partial sums are those of the streams as stored; both are compared by themselves."""
+    """The partial sums are those of the streams as stored; both are compared by themselves. fn is
+    read in the type that it has."""
     x, (matrix,) = mx.array(normal(2, 128)), matrices([("Q8_0", 256)], 128)
     after = residual(2, 256, 4, 24, dtype=mx.bfloat16)
+    after = Residual(after.streams, after.gates, after.fn.astype(mx.bfloat16))
     want = dense.expand_ref(MLX, x, lazy(matrix), after)
     near(lambda shaders: dense.expand(shaders, x, matrix, after), want, BFLOAT16)
     terms = mx.array(normal(2, 3, 256, seed=1))
+    after = Residual(after.streams, after.gates, after.fn.astype(mx.float16))
     want = dense.add_ref(MLX, terms.sum(1), after)
     near(lambda shaders: dense.add(shaders, terms, after), want, BFLOAT16)
 
