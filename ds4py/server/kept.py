@@ -79,6 +79,8 @@ class Kept:
 
     def delete(self, response_id: str) -> bool:
         """Forget a response, and its items unless others hold them; whether it was known."""
+        if not _is_known_kind(response_id):
+            return False
         return self._asked(lambda: self._delete("id = ?", response_id), False)
 
     def close(self) -> None:
@@ -150,7 +152,7 @@ class Kept:
         item_id = item.get("id") if isinstance(item, dict) else None
         made = database.execute(
             "INSERT INTO items (digest, id, value) VALUES (?, ?, ?)",
-            (digest, item_id if isinstance(item_id, str) else None, text),
+            (digest, item_id if _is_known_kind(item_id) else None, text),
         )
         self._n_bytes += len(text)
         return int(made.lastrowid or 0)
@@ -194,4 +196,11 @@ class Kept:
         return None if found is None else json.loads(found[0])
 
     def _row(self, query: str, value: str) -> Any:
+        if not _is_known_kind(value):
+            return None
         return self._connection.execute(query, (value,)).fetchone()
+
+
+def _is_known_kind(name: Any) -> bool:
+    """Whether it can be an id: ours are ASCII, and SQLite cannot hold half a surrogate pair."""
+    return isinstance(name, str) and name.isascii()

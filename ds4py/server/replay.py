@@ -54,6 +54,8 @@ class Replays:
 
     def get(self, call_id: str, tokenizer: Tokenizer) -> Turn | None:
         """The turn with that call; None when it is not known to this model's tokenizer."""
+        if not call_id.isascii():
+            return None  # it is none of ours, and may be what SQLite cannot hold
         with self._lock:
             turn = self._turns.get(call_id) or self._read(call_id, tokenizer)
             if turn is not None:

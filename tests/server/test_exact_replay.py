@@ -114,5 +114,6 @@ def test_another_tokenizer_finds_nothing(tmp_path: Path) -> None:
     other: Any = Other()
     again = Replays(tmp_path)
     assert again.get("c1", other) is None
+    assert again.get("\ud800", tokenizer) is None  # and the rest can still be read
     assert again.get("c1", tokenizer) == turn(tokenizer, "hello")
     again.close()

@@ -115,6 +115,17 @@ def test_many_responses(tmp_path: Path) -> None:
     kept.close()
 
 
+def test_ids_that_no_database_can_hold(tmp_path: Path) -> None:
+    """Half a surrogate pair, from a client, costs nobody anything."""
+    kept, odd = Kept(tmp_path), "\ud800"
+    kept.put(response(1, "a"), [{"id": odd, "role": "user", "content": odd}])
+    assert kept.history(odd) is None and kept.item(odd) is None and not kept.delete(odd)
+    kept.close()
+    again = Kept(tmp_path)
+    assert again.inputs("resp_1") == [{"id": odd, "role": "user", "content": odd}]
+    again.close()
+
+
 def test_a_damaged_or_missing_store_costs_only_what_was_kept(tmp_path: Path) -> None:
     (tmp_path / "responses.sqlite").write_bytes(b"no database" * 1000)
     for directory in (tmp_path, tmp_path / "missing"):
