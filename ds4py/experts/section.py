@@ -21,7 +21,7 @@ from ds4py.kernels.ops import Array
 
 STAGING = 16
 """Slots for records that do not stay, at most; half of them are computed with at a time."""
-DECODED = STAGING // 2
+DECODED = 4
 """Experts decoded at a time, at most, where decoding takes memory of its own."""
 
 
@@ -158,7 +158,8 @@ class Section:
             self._wait(some.values())
             yield Batch(some, passing=False)
         while flying:
-            batch = dict(flying.popleft() for _ in range(min(self._half, len(flying))))
+            n = min(self._half, len(flying), limit or self._half)
+            batch = dict(flying.popleft() for _ in range(n))
             self._wait(batch.values())
             yield Batch(batch, passing=True)
             self._staging.extend(batch.values())

@@ -4,13 +4,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import pytest
 
 from ds4py import Engine, EngineOptions
+from ds4py.config import ModelConfig
 from ds4py.engine import memory
+from ds4py.engine.footprint import Numerics, decoding_bytes
 from ds4py.errors import OptionsError
+from ds4py.experts.layout import maps_of
+from ds4py.experts.section import DECODED
+from ds4py.formats.bundle import LayerRecords
+from ds4py.kernels.ops import MlxOps, Ops
+from ds4py.weights.bundle import layout_of
 from ds4py.weights.files import ModelFiles
 from tests.experts.models import LEAST
 from tests.golden.sets import plain, write
@@ -122,6 +130,27 @@ def test_the_estimate_of_a_load_as_it_is_stored(tmp_path: Path, embedding: str) 
     assert abs(found["weights"] - found["loaded"]) <= 0.05 * found["loaded"], found
     expected = found["weights"] + found["loading"]
     assert abs(expected - found["peak"]) <= 0.05 * found["peak"], found
+
+
+@pytest.mark.parametrize(
+    "formats", [("IQ2_XXS", "IQ2_XXS", "Q2_K"), ("Q4_K",) * 3, ("Q8_0",) * 3, ("MXFP4",) * 3]
+)
+def test_experts_decoded_by_mlx_take_what_is_planned(formats: tuple[str, str, str]) -> None:
+    """At the peak, for the maps that are decoded together."""
+    c = ModelConfig.from_dict(config(Preset((0,), 0, hidden=512, inner=512, experts=DECODED)))
+    ops, layout = MlxOps(), layout_of(c, formats)
+    records = mx.zeros((DECODED, layout.record_bytes), mx.uint8)
+    layer = LayerRecords(0, (), DECODED, layout, formats, None)
+    numerics = Numerics(cast(Ops, ops), mx.float32, cast(Any, None), 512)
+    x, ids = mx.ones((DECODED, 512)), mx.arange(DECODED)
+    mx.eval(records, x, ids)
+    for maps in maps_of(layer, records, c):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(ops.experts(x, ids, maps))
+        took = mx.get_peak_memory() - before
+        assert 0 < took <= DECODED * decoding_bytes(c, numerics)
 
 
 @linux
