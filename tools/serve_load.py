@@ -1,6 +1,7 @@
 """Load on a real `ds4 serve`: what the server adds to a token, what batching gives, what leaks.
 
     python tools/serve_load.py speed                     tokens/s: engine alone, one stream, four
+    python tools/serve_load.py gap                       a stream while 10,000 tokens are read
     python tools/serve_load.py soak --seconds 600        16 clients, 30 % of which leave at random
 
 Prints a table and, as the last line, JSON. The soak's exit code is 1 when an answer differs from
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import random
@@ -250,11 +252,60 @@ def speed(tokens: int, repeat: int) -> int:
     return 0
 
 
+def gap(tokens: int) -> int:
+    """Longest and median processor time between two tokens of a running stream, in ms, while a
+    prompt of 10,000 tokens is read: with the stream there first, and the prompt."""
+    from ds4py import Engine, SamplingOptions
+    from ds4py.bench.speed import make_prompt
+    from ds4py.engine.scheduler import Scheduler
+    from ds4py.server.request import Reading, Request
+    from ds4py.server.worker import Job, Worker
+
+    engine = Engine.open("tiny")
+    worker = Worker(lambda progress: (engine, Scheduler(engine, 1 << 30)), 4, 4)
+    worker.start()
+    worker.opened.wait()
+    made = make_prompt(engine, 10_100)
+
+    def ask(prompt: list[int], n_tokens: int) -> tuple[list[tuple[float, Any]], threading.Event]:
+        """What comes, and when in the worker's processor time; set once the first has come."""
+        seen: list[tuple[float, Any]] = []
+        begun = threading.Event()
+
+        def deliver(events: list[Any]) -> None:
+            seen.extend((time.thread_time(), event) for event in events)
+            begun.set()
+
+        sampling = SamplingOptions(max_tokens=n_tokens, temperature=0, stop_at_eos=False)
+        worker.submit([Job(Request(prompt, sampling, parsed=False), deliver)])
+        return seen, begun
+
+    report: dict[str, Any] = {}
+    for first in ("stream", "prompt"):
+        stream, prompt = (made[:40], tokens), (made[100:], 1)
+        made.reverse()  # so that nothing is cached the next time
+        one, begun = ask(*(stream if first == "stream" else prompt))
+        begun.wait()
+        other, _ = ask(*(prompt if first == "stream" else stream))
+        while worker.n_active or worker.n_waiting:
+            time.sleep(0.1)
+        seen = one if first == "stream" else other
+        at = [when for when, event in seen if not isinstance(event, Reading)]
+        gaps = sorted(1000 * (b - a) for a, b in itertools.pairwise(at))
+        report[f"{first}_first_longest_ms"] = round(gaps[-1], 1)
+        report[f"{first}_first_median_ms"] = round(gaps[len(gaps) // 2], 1)
+    worker.stop()
+    for name, value in report.items():
+        print(f"{name:25} {value}")
+    print(json.dumps(report))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "soak"))
+    parser.add_argument("what", choices=("speed", "gap", "soak"))
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--leave", type=float, default=0.3)
@@ -263,6 +314,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.what == "speed":
         return speed(given.tokens, given.repeat)
+    if given.what == "gap":
+        return gap(given.tokens)
     return soak(given.seconds, given.clients, given.leave)
 
 
