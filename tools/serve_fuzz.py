@@ -344,6 +344,7 @@ class Fuzz:
                     self.note(kind, error, example)
 
             one()
+            print(f"{kind}: {self.asked[kind]} of {n} asked", file=sys.stderr, flush=True)
 
     def note(self, kind: str, error: Exception, example: Any) -> None:
         """Keep a finding; of those that are alike, one in full."""

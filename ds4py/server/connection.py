@@ -44,6 +44,7 @@ class Connection(H11Protocol):
                 idle.transport.abort()
 
     _order: ClassVar[dict[Connection, None]] = {}
+    """All connections, the one that has been idle longest first."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._order.pop(self, None)
@@ -62,6 +63,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._stop("_head_timer")
+        if self in self._order:
+            self._order[self] = self._order.pop(self)  # its idle time begins anew
         super().on_response_complete()
 
     def pause_writing(self) -> None:

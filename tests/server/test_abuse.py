@@ -11,6 +11,7 @@ import pytest
 
 from ds4py.server import listen
 from ds4py.server.app import Rules
+from ds4py.server.connection import Connection
 from ds4py.server.worker import Worker
 from tests.server.scripted import Running, Script, ScriptedEngine, ScriptedScheduler
 from tests.server.test_streams import CHAT, HELLO, OFF, Gate, until
@@ -97,6 +98,25 @@ def test_heads_have_limits() -> None:
             long = b"X: " + b"y" * 50_000
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + long + b"\r\n\r\n")
             assert b" 200 " in connection.recv(100)
+
+
+def test_of_idle_connections_the_one_used_last_stays() -> None:
+    class Few(Connection):
+        MAX_CONNECTIONS = 2
+
+    get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    running = Running(ScriptedEngine(Script(["x"])), connection=Few)
+    with running as server, server.connect() as first, server.connect() as second:
+        for connection in (second, first):
+            connection.sendall(get)
+            until(connection, b"}")
+        with server.connect() as third:
+            third.sendall(get)
+            until(third, b"}")
+        first.sendall(get)
+        assert b" 200 " in until(first, b"}")
+        with contextlib.suppress(ConnectionResetError):
+            assert second.recv(1) == b""
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
