@@ -71,6 +71,7 @@ class Endpoint:
     body: type[Body] | None = None
     streams: bool = False
     media: str = "application/json"
+    query: tuple[str, ...] = ()
 
 
 ENDPOINTS = (
@@ -80,7 +81,12 @@ ENDPOINTS = (
     Endpoint("post", "/v1/responses/input_tokens", "Tokens of a prompt.", InputTokensBody),
     Endpoint("get", "/v1/responses/{id}", "A response that was stored."),
     Endpoint("delete", "/v1/responses/{id}", "Forgets it."),
-    Endpoint("get", "/v1/responses/{id}/input_items", "The items that led to it."),
+    Endpoint(
+        "get",
+        "/v1/responses/{id}/input_items",
+        "The items that led to it.",
+        query=("after", "limit", "order"),
+    ),
     Endpoint("post", "/v1/messages", "Anthropic's messages.", MessagesBody, True),
     Endpoint("post", "/v1/messages/count_tokens", "Tokens of a prompt.", CountBody),
     Endpoint("get", "/v1/models", "The model, with its context."),
@@ -181,9 +187,14 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         operation["requestBody"] = body
-    if in_path := re.findall(r"{(\w+)}", endpoint.path):
-        text = {"in": "path", "required": True, "schema": {"type": "string"}}
-        operation["parameters"] = [{"name": name, **text} for name in in_path]
+    text = {"schema": {"type": "string"}}
+    parameters = [
+        {"name": name, "in": "path", "required": True, **text}
+        for name in re.findall(r"{(\w+)}", endpoint.path)
+    ]
+    parameters += [{"name": name, "in": "query", **text} for name in endpoint.query]
+    if parameters:
+        operation["parameters"] = parameters
     return operation
 
 
