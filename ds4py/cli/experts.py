@@ -20,6 +20,7 @@ from ds4py.cli.arguments import (
 if TYPE_CHECKING:
     from ds4py import Engine
 
+
 @contextmanager
 def tracing(engine: "Engine", file: str | None) -> Iterator[None]:
     """Write the routing of everything computed meanwhile to a file, if one is named.

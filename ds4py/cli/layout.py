@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ds4py.engine.footprint import Numerics
     from ds4py.engine.memory import MemoryPlan
 
+
 def memory_lines(
     config: "ModelConfig", numerics: "Numerics", plan: "MemoryPlan | OptionsError"
 ) -> Iterator[tuple[str, str]]:
