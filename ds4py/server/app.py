@@ -311,8 +311,9 @@ class Guard:
             raise ApiError(f"pages of {origin[:80]!r} may not use this server", 403)
         if self.rules.api_key is None or scope["path"] in OPEN_PATHS:
             return
-        given = headers.get("x-api-key") or headers.get("authorization", "")
-        key = given.removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else scheme
+        key = (headers.get("x-api-key") or bearer).encode("latin-1")  # the bytes that were sent
         if not hmac.compare_digest(key, self.rules.api_key.encode()):
             raise ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
 

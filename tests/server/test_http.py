@@ -189,8 +189,18 @@ def test_keys() -> None:
             assert response.status_code == 401
             assert http.get("/health").status_code == 200
             assert http.post(CHAT, json=HELLO, headers={"x-api-key": "secret"}).is_success
+            response = http.post(CHAT, json=HELLO, headers={"authorization": "bearer  secret"})
+            assert response.is_success
         client = server.openai(api_key="secret")
         assert client.models.list().data[0].id == "scripted"
+
+
+def test_a_key_is_the_bytes_that_were_given() -> None:
+    running = Running(ScriptedEngine(Script(["hello"])), Rules(api_key="schlüssel"))
+    with running as server, server.http() as http:
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            headers = [(b"x-api-key", key.encode())]
+            assert http.get("/v1/models", headers=headers).status_code == status
 
 
 def test_long_bodies_are_not_read_to_their_end() -> None:
