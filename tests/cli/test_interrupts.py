@@ -25,6 +25,7 @@ def start(ds4: Any) -> Iterator[Start]:
             options = ["-X", "importtime"] if trace else []
             process = subprocess.Popen(
                 [sys.executable, *options, "-m", "ds4py", *arguments],
+                bufsize=0,  # what `wait_for` has read beyond its line, `communicate` would miss
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -99,7 +99,7 @@ def test_between_two_slices_of_a_prompt_answers_go_on(worker: Worker, engine: En
 
 def test_slices_become_short_when_an_answer_begins(worker: Worker, engine: Engine) -> None:
     """Whichever came first: an answer that begins while a prompt is read waits for short ones."""
-    answer = Asked(engine, QUESTIONS[1], 200, ends=False)
+    answer = Asked(engine, QUESTIONS[1], 4000, ends=False)  # longer than the reading takes
 
     class First(Asked):
         def take(self, events: list[Any]) -> None:
