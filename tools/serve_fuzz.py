@@ -140,7 +140,7 @@ def check(path: str, status: int, headers: Any, text: str) -> None:
     if status in OVERLOAD and not headers.get("retry-after"):
         raise Wrong(f"status {status} without Retry-After")
     if headers.get("content-type", "").startswith("text/event-stream"):
-        lines = text.strip().splitlines()
+        lines = text.rstrip("\n").split("\n")  # not at the other ends of lines that Unicode has
         if ENDS.get(path, "[DONE]") not in lines[-1]:
             raise Wrong(f"the stream ends with {lines[-1][:300]}")
         if any('"server_error"' in line or '"api_error"' in line for line in lines):
