@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -233,18 +234,21 @@ def server_rate(server: Server, streams: int, tokens: int) -> float:
 
 
 def speed(tokens: int, repeat: int) -> int:
-    alone = max(engine_rate(tokens) for _ in range(repeat))
+    """Medians; ratios are taken within a round, so that a slow minute hits both sides."""
     with tempfile.TemporaryDirectory() as directory:
         server = Server(Path(directory))
-        one = max(server_rate(server, 1, tokens) for _ in range(repeat))
-        four = max(server_rate(server, 4, tokens) for _ in range(repeat))
+        rounds = [
+            (engine_rate(tokens), server_rate(server, 1, tokens), server_rate(server, 4, tokens))
+            for _ in range(repeat)
+        ]
         server.stop()
+    engine, one_stream, four_streams = map(statistics.median, zip(*rounds, strict=True))
     report = {
-        "engine": round(alone, 1),
-        "one_stream": round(one, 1),
-        "four_streams": round(four, 1),
-        "added_share": round(alone / one - 1, 3),
-        "batching": round(four / one, 2),
+        "engine": round(engine, 1),
+        "one_stream": round(one_stream, 1),
+        "four_streams": round(four_streams, 1),
+        "added_share": round(statistics.median(alone / one - 1 for alone, one, _ in rounds), 3),
+        "batching": round(statistics.median(four / one for _, one, four in rounds), 2),
     }
     for name, value in report.items():
         print(f"{name:15} {value}")
@@ -310,7 +314,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--leave", type=float, default=0.3)
     parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=7)
     given = parser.parse_args()
     if given.what == "speed":
         return speed(given.tokens, given.repeat)
