@@ -1,6 +1,12 @@
 """Settings every test shares."""
 
+import signal
+
 from hypothesis import HealthCheck, settings
+
+# A shell without job control starts what it puts into the background with Ctrl-C ignored, and
+# every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Machines differ: an example may be slow anywhere, and a failure must come back on the next run.
 settings.register_profile(
