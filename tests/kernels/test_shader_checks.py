@@ -20,7 +20,11 @@ def pre() -> Run:
 
 
 def embed() -> Run:
-    return test_hyper.Embed(9, 96, 24, mx.float32, mx.float32).run
+    return test_hyper.Embed(9, 96, 24, mx.float32, "F32").run
+
+
+def embed_points() -> Run:
+    return test_hyper.Embed(2, 256, 24, mx.float32, "IQ2_XXS").run
 
 
 def prepare() -> Run:
@@ -59,7 +63,8 @@ def stack() -> Run:
     [
         (pre, "hyper_pre", "", "\n\nfloat squares"),
         (pre, "hyper_pre", "square_sums[group] = mine;\n", ""),
-        (embed, "hyper_embed", "", ""),
+        (embed, "hyper_embed", "", "\nfor (uint r = group"),
+        (embed_points, "hyper_embed", "", "\n}"),
         (rows, "compress_rows", "", ""),
         (attend, "attend_split", "\n  ", UNROLLED + "for (uint i = 0; i < ENTRIES"),
         (attend, "attend_split", "", UNROLLED + "for (uint h = 0; h < HEADS / 8; h++) {\n    co"),
