@@ -450,11 +450,7 @@ def fuzz(n: int, seed: int, kinds: list[str]) -> dict[str, Any]:
                 thread.start()
             for thread in threads:
                 thread.join()
-        deadline = time.monotonic() + 10
-        while (state := server.status())["active"] and time.monotonic() < deadline:
-            time.sleep(0.1)
-        memory, files = server.used()
-        code = server.stop()
+        state, (memory, files), code = server.finish()
     settled = samples[len(samples) // 4] if samples else (memory, files)
     return {
         "asked": dict(made.asked),

@@ -70,6 +70,13 @@ class Server:
         pages = int((proc / "statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE"), len(list((proc / "fd").iterdir()))
 
+    def finish(self) -> tuple[dict[str, Any], tuple[int, int], int]:
+        """Status and use once nothing runs any more, or after ten seconds, and the exit code."""
+        deadline = time.monotonic() + 10
+        while (state := self.status())["active"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return state, self.used(), self.stop()
+
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(60)
@@ -157,11 +164,7 @@ def soak(seconds: float, clients: int, leave: float) -> int:
             samples.append(server.used())
         for thread, _ in running:
             thread.join()
-        deadline = time.monotonic() + 10
-        while (state := server.status())["active"] and time.monotonic() < deadline:
-            time.sleep(0.1)
-        memory, files = server.used()
-        code = server.stop()
+        state, (memory, files), code = server.finish()
     tallies = [tally for _, tally in running]
     wrong = [text for tally in tallies for text in tally.wrong]
     settled = samples[len(samples) // 4][0] if samples else memory

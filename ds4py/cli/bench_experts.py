@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,12 +139,7 @@ def _ahead(trace: "Trace") -> list[dict[str, Any]]:
     found = experts.ahead_curve(trace)
     ways = list(dict.fromkeys(r.prefetch for r in found))
     print(f"{'slots':>6}" + "".join(f" {way:>15}" for way in ways) + "   misses, reads a step")
-    for slots in sorted({r.slots for r in found}):
-        cells = [r for r in found if r.slots == slots]
-        row = "".join(f" {c.misses_per_step:7.2f} {c.reads_per_step:7.2f}" for c in cells)
-        print(f"{slots:6}{row}")
-    print()
-    return [asdict(r) for r in found]
+    return _by_slots(found, lambda c: f"{c.reads_per_step:7.2f}")
 
 
 def _router(trace: "Trace") -> list[dict[str, Any]]:
@@ -174,9 +170,13 @@ def _swaps(trace: "Trace") -> list[dict[str, Any]]:
     if found:
         head = "".join(f" {'swap ' + format(regret, 'g'):>15}" for regret in regrets)
         print(f"{'slots':>6}{head}   misses a step, % swapped")
+    return _by_slots(found, lambda c: f"{100 * c.swapped:6.1f}%")
+
+
+def _by_slots(found: Sequence[Any], other: Callable[[Any], str]) -> list[Any]:
+    """A line for each size of the cache: misses, and one other figure, of every way tried."""
     for slots in sorted({r.slots for r in found}):
         cells = [r for r in found if r.slots == slots]
-        row = "".join(f" {c.misses_per_step:7.2f} {100 * c.swapped:6.1f}%" for c in cells)
-        print(f"{slots:6}{row}")
+        print(f"{slots:6}" + "".join(f" {c.misses_per_step:7.2f} {other(c)}" for c in cells))
     print()
     return [asdict(r) for r in found]
