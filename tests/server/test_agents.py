@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.server.process import ROOT, Served, start, stop
-from tests.server.test_node import agent, ask, environment
+from tests.server.test_node import agent, ask, environment, opencode
 
 pytestmark = pytest.mark.long
 
@@ -132,29 +132,14 @@ def test_pi(embedded: Served, tool: Tool, tmp_path: Path) -> None:
 
 
 def test_opencode(embedded: Served, tool: Tool, tmp_path: Path) -> None:
-    model = {"name": "m", "tool_call": True, "limit": {"context": 65536, "output": 4096}}
-    provider = {
-        "npm": "@ai-sdk/openai-compatible",
-        "name": "ds4",
-        "options": {"baseURL": f"{embedded.url}/v1", "apiKey": "x"},
-        "models": {"m": model},
-    }
     tools = {"*": False, "home_*": True}
-    config = {
-        "autoupdate": False,
-        "share": "disabled",
-        "model": "ds4/m",
-        "small_model": "ds4/m",
-        "provider": {"ds4": provider},
-        "agent": {"plain": {"mode": "primary", "prompt": SYSTEM, "temperature": 0, "tools": tools}},
-        "mcp": {"home": {"type": "local", "command": tool.command, "environment": tool.env}},
-    }
-    env = {
-        **environment(tmp_path),
-        "OPENCODE_CONFIG_CONTENT": json.dumps(config),
-        "OPENCODE_DISABLE_AUTOUPDATE": "1",
-        "OPENCODE_DISABLE_MODELS_FETCH": "1",
-    }
+    env = opencode(
+        tmp_path,
+        embedded.url,
+        {"context": 65536, "output": 4096},
+        agent={"plain": {"mode": "primary", "prompt": SYSTEM, "temperature": 0, "tools": tools}},
+        mcp={"home": {"type": "local", "command": tool.command, "environment": tool.env}},
+    )
     command = [agent("opencode"), "run", "--agent", "plain", "--format", "json"]
     said = lines(ask(command, tmp_path / "project", env, QUESTION))
     parts = [event["part"] for event in said]

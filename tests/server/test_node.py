@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,31 +195,36 @@ def test_pi(tmp_path: Path) -> None:
     assert said.strip() == WORD
 
 
+def opencode(home: Path, url: str, limit: dict[str, int], **more: Any) -> dict[str, str]:
+    """The environment of an opencode that knows one model, the server's; more: of its settings."""
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "ds4",
+        "options": {"baseURL": f"{url}/v1", "apiKey": "x"},
+        "models": {"m": {"name": "m", "tool_call": True, "limit": limit}},
+    }
+    config = {
+        "autoupdate": False,
+        "share": "disabled",
+        "model": "ds4/m",
+        "small_model": "ds4/m",
+        "provider": {"ds4": provider},
+        **more,
+    }
+    return {
+        **environment(home),
+        "OPENCODE_CONFIG_CONTENT": json.dumps(config),
+        "OPENCODE_DISABLE_AUTOUPDATE": "1",
+        "OPENCODE_DISABLE_MODELS_FETCH": "1",
+    }
+
+
 def test_opencode(tmp_path: Path) -> None:
     program, project = agent("opencode"), tmp_path / "project"
     calls = answer("read", "filePath", str(project / "note.txt"))
     # Its two first requests, a title and the question, come in either order: both read the file.
     with scripted(tmp_path, [calls, calls, f"Good.</think>{WORD}"]) as url:
-        model = {"name": "m", "tool_call": True, "limit": {"context": 200000, "output": 32000}}
-        provider = {
-            "npm": "@ai-sdk/openai-compatible",
-            "name": "ds4",
-            "options": {"baseURL": f"{url}/v1", "apiKey": "x"},
-            "models": {"m": model},
-        }
-        config = {
-            "autoupdate": False,
-            "share": "disabled",
-            "model": "ds4/m",
-            "small_model": "ds4/m",
-            "provider": {"ds4": provider},
-        }
-        env = {
-            **environment(tmp_path),
-            "OPENCODE_CONFIG_CONTENT": json.dumps(config),
-            "OPENCODE_DISABLE_AUTOUPDATE": "1",
-            "OPENCODE_DISABLE_MODELS_FETCH": "1",
-        }
+        env = opencode(tmp_path, url, {"context": 200000, "output": 32000})
         said = ask([program, "run", "--format", "json"], project, env)
     parts = [json.loads(line)["part"] for line in said.splitlines() if line.startswith("{")]
     assert WORD in [part.get("text") for part in parts]
