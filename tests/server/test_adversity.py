@@ -117,7 +117,9 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     kv = str(tmp_path / "kv")
     with serving(tmp_path, "--kv-dir", kv, env={"PYTHONPATH": paths}) as (served, said):
         for years in (0, 10, -10, 0):
-            (tmp_path / "offset").write_text(str(years * 3.15e7), encoding="utf-8")
+            # The server reads the file at any moment, so it is never seen half written.
+            (tmp_path / "next").write_text(str(years * 3.15e7), encoding="utf-8")
+            (tmp_path / "next").replace(tmp_path / "offset")
             assert asked(served, "What is 17 + 25?") == "17 + 25 = 42."
             with served.http() as http:
                 body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, **OFF}
