@@ -4,13 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.process import Served, start, stop
+from tests.server.process import Served, serving
 
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    running = start(tmp_path_factory.mktemp("serve"))
-    try:
+    with serving(tmp_path_factory.mktemp("serve")) as running:
         yield running
-    finally:
-        assert stop(running) == 0

@@ -10,7 +10,9 @@ import openai
 import pytest
 
 from ds4py.server.app import Rules
+from tests.server.clients import HANGS_S
 from tests.server.scripted import Running, Script, ScriptedEngine
+from tests.server.test_streams import eventually
 
 HI: Any = [{"role": "user", "content": "hi"}]
 
@@ -31,16 +33,15 @@ def full() -> Iterator[Running]:
 
     def held(position: int) -> None:
         reached.set()
-        assert opened.wait(60)
+        assert opened.wait(HANGS_S)
 
     script = Script(["x"], before_token=held)
     with Running(ScriptedEngine(script), slots=1, queue=1) as server:
         body = {"messages": HI, "thinking": {"type": "disabled"}, "stream": True}
         taken = [server.post("/v1/chat/completions", body)]
-        assert reached.wait(60)
+        assert reached.wait(HANGS_S)
         taken.append(server.post("/v1/chat/completions", body))
-        while not server.worker.n_waiting:
-            reached.wait(0.01)
+        eventually(lambda: server.worker.n_waiting > 0)
         try:
             yield server
         finally:
