@@ -28,12 +28,13 @@
 
 constant constexpr uint TILE_ROWS = 16;
 // Rows per part: few rows are dealt out finely, to have threadgroups at all; of more, a part is as
-// large as makes its own result (66 KB for Flash) no more to write than its rows were to read;
+// large as makes its q and its result (64 KB each for Flash) less to read and write than its rows;
 // of very many, SPLITS parts are enough.
 constant constexpr uint FEW_ROWS = 320;
+constant constexpr uint MORE_ROWS = 512;
 
 inline uint rows_per_part(uint n_rows, uint most_parts) {
-  uint rows = n_rows <= FEW_ROWS ? 32 : 64;
+  uint rows = n_rows <= FEW_ROWS ? 32 : n_rows <= MORE_ROWS ? 64 : 128;
   while (rows * most_parts < n_rows) rows *= 2;
   return rows;
 }

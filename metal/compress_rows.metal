@@ -62,8 +62,7 @@ template <int D, int RATIO, int C> inline float2 pool_pair(Series s, int number,
 // body
 constexpr uint INDEX_WIDTH = INDEX_DIM > 0 ? INDEX_DIM : 64;  // unused without an indexer
 constexpr uint ROW_BYTES = attention_row_bytes<T, HD, ROPE, PLAIN>();
-constexpr uint INDEX_ROW_BYTES =
-    PLAIN ? INDEX_WIDTH * sizeof(T) : INDEX_WIDTH / 2 + INDEX_WIDTH / FP4_BLOCK;
+constexpr uint INDEX_ROW_BYTES = index_row_bytes<T, INDEX_WIDTH, PLAIN>();
 constexpr uint VALUES = 2 * C * HD;
 constexpr uint INDEX_VALUES = 2 * C * INDEX_DIM;
 constexpr int KEPT = C * RATIO - 1;

@@ -18,7 +18,6 @@ threadgroup vec<T, 4> xs[S * KC / 4];
 threadgroup uint4 stage[NSG * stage_words(S) / 4];
 threadgroup uint2 points[F == FORMAT_IQ2_XXS ? 256 : 1];
 threadgroup float out[S * TILE];
-threadgroup float mixed[S * H * TILE];
 uint sg = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
 int group = int(threadgroup_position_in_grid.x);
 int first = group * TILE, n_rows = smaller(TILE, D - first);
@@ -34,6 +33,9 @@ sublayer_output<TX, K> input = {x};
 tile_dot<F, K, KC, S, ROWS, NSG, 1, T>(rows, n_rows, input, S, xs, (threadgroup uint*)stage, points,
                                        out, sg, lane);
 threadgroup_barrier(mem_flags::mem_threadgroup);
+// The new streams lie where weights were staged, of which a simdgroup's had more room.
+static_assert(S * H * ROWS <= stage_words(S), "");
+threadgroup float* mixed = (threadgroup float*)stage;
 constexpr int STRIDE = S * (R + 1);
 expand_tile<S, H, D, R, TILE, NSG, T>(out, mixed, first, n_rows, S, streams, gates, fn, expanded,
                                       partials + first / PART * STRIDE, STRIDE, sg, lane);

@@ -9,7 +9,8 @@
 // weights, each as present; queries is the heads | the index heads. step[0] is the first new
 // token's position, constants the norm's epsilon and the index weights' factor. Templates: T, HD,
 // NH, ROPE, LATENT (width of wq_a), RATIO (0: no compressor), VALUES, INDEX_VALUES (their widths),
-// INDEX_DIM, INDEX_HEADS (0: no indexer), PLAIN (rows and index queries stay T, unrounded).
+// INDEX_DIM, INDEX_HEADS (0: no indexer), PLAIN (rows and index queries stay T, unrounded; else
+// index queries are packed as index rows are: every part of the indexer's search reads them).
 #include "rows.h"
 #include "heads.h"
 
@@ -42,20 +43,18 @@ inline void own_row(const device float* in, device uint8_t* out, const device fl
 }
 
 template <typename T, int D, int ROPE, bool PLAIN>
-inline void index_head(const device float* in, device T* out, const device float* table,
+inline void index_head(const device float* in, device uint8_t* out, const device float* table,
                        uint lane) {
   Pairs<D / 64> x = rounded_pairs<T>(load_pairs<D / 64>(in, lane));
   MLX_MTL_PRAGMA_UNROLL
   for (uint i = 0; i < D / 64; i++) x.at[i] = rotate_block<T, D, ROPE>(x.at[i], table, i, lane);
-  if (!PLAIN) {  // without rounding the transform cancels between query and row
-    x = rounded_pairs<T>(hadamard(x, lane));
-    MLX_MTL_PRAGMA_UNROLL
-    for (uint i = 0; i < D / 64; i++) {
-      const float scale = e8m0_decode(fp4_block_code(x.at[i]));
-      x.at[i] = fp4_round(x.at[i], scale) * scale;
-    }
+  if (PLAIN) {  // without rounding the transform cancels between query and row
+    store_pairs((device T*)out, lane, x);
+    return;
   }
-  store_pairs(out, lane, x);
+  x = rounded_pairs<T>(hadamard(x, lane));
+  MLX_MTL_PRAGMA_UNROLL
+  for (uint i = 0; i < D / 64; i++) fp4_pair_store(out, D, i, lane, x.at[i]);
 }
 
 // body
@@ -68,6 +67,7 @@ constexpr uint N_VALUE_JOBS = (VALUES + INDEX_VALUES + VALUES_PER_JOB - 1) / VAL
 constexpr uint INDEX_JOBS = VALUE_JOBS + N_VALUE_JOBS;
 constexpr uint INDEX_WIDTH = INDEX_DIM > 0 ? INDEX_DIM : 64;  // unused without an indexer
 constexpr uint ROW_BYTES = attention_row_bytes<T, HD, ROPE, PLAIN>();
+constexpr uint INDEX_ROW_BYTES = index_row_bytes<T, INDEX_WIDTH, PLAIN>();
 
 const uint job = thread_position_in_grid.x / 32;
 const uint lane = thread_index_in_simdgroup;
@@ -101,7 +101,8 @@ if (job < ROW_JOB) {
   const uint head = job - INDEX_JOBS;
   index_head<T, INDEX_WIDTH, ROPE, PLAIN>(
       heads + NH * HD + head * INDEX_DIM,
-      index_query + (size_t(token) * INDEX_HEADS + head) * INDEX_DIM, table, lane);
+      (device uint8_t*)index_query + (size_t(token) * INDEX_HEADS + head) * INDEX_ROW_BYTES, table,
+      lane);
 } else {
   for (uint head = lane; head < INDEX_HEADS; head += 32) {
     index_weights[size_t(token) * INDEX_HEADS + head] =
@@ -112,7 +113,7 @@ if (job == 0 && token == 0 && lane == 0) {
   if (VALUES == 0) values[0] = 0.0f;
   if (INDEX_VALUES == 0) index_values[0] = 0.0f;
   if (INDEX_HEADS == 0) {
-    index_query[0] = T(0.0f);
+    index_query[0] = 0;
     index_weights[0] = 0.0f;
   }
 }

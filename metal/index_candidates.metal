@@ -5,15 +5,16 @@
 // of part i at [s, r, i] of [S, K, parts]; key 0 where there are fewer. Parts take turns in rounds
 // of 256 rows, so that rows near each other, which are often chosen together, are in several.
 //
-// place[1]: the layer's place in index_rows [layers, capacity, row]; step[1]: how many rows exist
-// before the step's own, new_index_rows. Templates: T, D, HEADS, K, N (slots of the list), PLAIN.
+// index_query: [S, HEADS, row], packed as rows are. place[1]: the layer's place in index_rows
+// [layers, capacity, row]; step[1]: how many rows exist before the step's own, new_index_rows.
+// Templates: T, D, HEADS, K, N (slots of the list), PLAIN.
 //
 // Work: 64 heads x 128 channels = 8,192 products for 68 bytes, so this is arithmetic, not memory;
-// a query's heads are the large operand (16 KB), and sharing a row's bytes between queries would
-// save nothing. A tile of 8 rows is decoded straight into eight-by-eight matrices: lanes hold pairs
-// of channels (one byte), and the channels are dealt out so that a lane's bytes are neighbours
-// (D/8 of them) under one FP4 scale. One matrix of q is loaded for four of rows. Scores go no
-// further than 1 KB of threadgroup memory; nothing grows with the context.
+// a query's heads are the large operand (16 KB decoded), and sharing a row's bytes between queries
+// would save nothing. A tile of 8 rows is decoded straight into eight-by-eight matrices: lanes hold
+// pairs of channels (one byte), and the channels are dealt out so that a lane's bytes are
+// neighbours (D/8 of them) under one FP4 scale. One matrix of q is loaded for four of rows. Scores
+// go no further than 1 KB of threadgroup memory; nothing grows with the context.
 #include "rows.h"
 #include "tiles.h"
 #include "topk.h"
@@ -36,10 +37,13 @@ inline void index_pairs(const device uint8_t* row, uint part, thread vec<Q, 2>* 
     return;
   }
   const device uint* words = (const device uint*)(row + part * (D / 8));
+  float scale = 0.0f;
   MLX_MTL_PRAGMA_UNROLL
   for (uint w = 0; w < D / 32; w++) {
     const uint word = words[w];
-    const float scale = e8m0_decode(row[D / 2 + (part * (D / 4) + 8 * w) / FP4_BLOCK]);
+    if (w % (FP4_BLOCK / 8) == 0) {
+      scale = e8m0_decode(row[D / 2 + (part * (D / 4) + 8 * w) / FP4_BLOCK]);
+    }
     MLX_MTL_PRAGMA_UNROLL
     for (uint b = 0; b < 4; b++) {
       const uint codes = word >> (8 * b);
@@ -51,7 +55,7 @@ inline void index_pairs(const device uint8_t* row, uint part, thread vec<Q, 2>* 
 // body
 constexpr uint STEPS = D / 8;
 constexpr uint HEAD_TILES = (HEADS + 7) / 8;
-constexpr uint ROW_BYTES = PLAIN ? D * sizeof(T) : D / 2 + D / FP4_BLOCK;
+constexpr uint ROW_BYTES = index_row_bytes<T, D, PLAIN>();
 typedef typename Held<PLAIN, T>::type Q;
 threadgroup Q q_tiles[HEAD_TILES * STEPS * 64];
 threadgroup float head_weights[HEAD_TILES * 8];
@@ -71,12 +75,22 @@ const uint tile_c = tile_column(lane);
 
 // q^T by tiles [channels, heads], as the lanes will read them; channel k of step t is
 // k/2 * D/4 + 2*t + k%2, as in index_pairs. Heads beyond the last have weight 0.
-for (uint i = thread_id; i < HEAD_TILES * STEPS * 64; i += TOPK_THREADS) {
-  const uint k = i / 8 % 8;
-  const uint head = i / (64 * STEPS) * 8 + i % 8;
-  const uint channel = k / 2 * (D / 4) + 2 * (i / 64 % STEPS) + k % 2;
-  q_tiles[i] = head < HEADS
-      ? Q(float(index_query[(size_t(query) * HEADS + head) * D + channel])) : Q(0.0f);
+for (uint i = thread_id; i < HEAD_TILES * 8 * 4; i += TOPK_THREADS) {
+  const uint head = i / 4;
+  vec<Q, 2> x[STEPS];
+  MLX_MTL_PRAGMA_UNROLL
+  for (uint t = 0; t < STEPS; t++) x[t] = vec<Q, 2>(Q(0.0f), Q(0.0f));
+  if (head < HEADS) {
+    const device uint8_t* from =
+        (const device uint8_t*)index_query + (size_t(query) * HEADS + head) * ROW_BYTES;
+    index_pairs<D, PLAIN, T, Q>(from, i % 4, x);
+  }
+  MLX_MTL_PRAGMA_UNROLL
+  for (uint t = 0; t < STEPS; t++) {
+    const uint at = (head / 8 * STEPS + t) * 64 + 2 * (i % 4) * 8 + head % 8;
+    q_tiles[at] = x[t].x;
+    q_tiles[at + 8] = x[t].y;
+  }
 }
 for (uint head = thread_id; head < HEAD_TILES * 8; head += TOPK_THREADS) {
   head_weights[head] = head < HEADS ? index_weights[size_t(query) * HEADS + head] : 0.0f;

@@ -1,10 +1,12 @@
-// inputs: place old part_00 part_01 part_02 part_03 part_04 part_05 part_06 part_07 part_08 part_09 part_10 part_11 part_12 part_13 part_14 part_15 part_16 part_17 part_18 part_19 part_20 part_21 part_22 part_23
+// inputs: place unread old part_00 part_01 part_02 part_03 part_04 part_05 part_06 part_07 part_08 part_09 part_10 part_11 part_12 part_13 part_14 part_15 part_16 part_17 part_18 part_19 part_20 part_21 part_22 part_23
 // outputs: stacked
 // What a commit keeps of up to 24 layers, in one launch: the last rows of old [layers, OLD, row]
 // followed by each layer's new ones, part_i [S, row] -> [parts, kept, row]. place[0] is part_00's
-// layer in `old`, place[1] how many new rows to take; a plain stack has OLD 0. Metal binds at
-// most 31 arrays, hence the number; names beyond the parts are bound to any array. Templates: U (a
-// word of a row), WORDS (per row), OLD.
+// layer in `old`, place[1] how many new rows to take; a plain stack has OLD 0. The first unread[0]
+// of a layer's rows become zeros: of tokens whose window has closed nothing is needed any more, and
+// for windows of 128 tokens that is half of what there is, on average. Metal binds at most 31
+// arrays, hence 24; names beyond the parts are bound to any array. Templates: U (a word of a row),
+// WORDS (per row), OLD.
 //
 // A thread copies one word; the layer is the grid's z, so a whole threadgroup takes one case.
 
@@ -42,6 +44,6 @@ switch (layer) {
 const uint kept = threads_per_grid.y;
 const uint row = OLD + uint(place[1]) - kept + thread_position_in_grid.y;
 const size_t to = (size_t(layer) * kept + thread_position_in_grid.y) * WORDS + word;
-((device U*)stacked)[to] = row < OLD
+((device U*)stacked)[to] = thread_position_in_grid.y < uint(unread[0]) ? U(0) : row < OLD
     ? ((const device U*)old)[((size_t(place[0]) + layer) * OLD + row) * WORDS + word]
     : fresh[size_t(row - OLD) * WORDS + word];

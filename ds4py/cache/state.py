@@ -21,8 +21,8 @@ from ds4py.kernels.ops import Array
 from ds4py.kernels.state import stack_ref
 
 Stack = Callable[..., Array]
-"""As `kernels.state.stack_ref` from its second argument on: layers' new rows, how many to take and
-to keep, and the rows before them."""
+"""Layers' new rows, how many to take and to keep, the rows before them, and how many of all that
+will be read: as `kernels.state.stack_ref` from its second argument on."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ class SequenceState:
         old, values = self.frontier, {}
         for s in self.series:
             parts = [delta.layers[layer].values[s.name] for layer in s.layers]
-            values[s.name] = self._stack(parts, n_tokens, s.history, old.values[s.name])
+            n_read = s.needed(old.position + n_tokens)
+            values[s.name] = self._stack(parts, n_tokens, s.history, old.values[s.name], n_read)
         parts = [part.window for part in delta.layers]
         window = self._stack(parts, n_tokens, old.window.shape[1], old.window)
         streams = delta.streams

@@ -44,8 +44,8 @@ def attend(ops: Ops, q: Array, blocks: list[Block], sink: Array) -> Array:
     return ops.cast(out / total[..., None], q.dtype)
 
 
-FEW_ROWS = 320
-"""Up to so many rows of a query are split finely."""
+FEW_ROWS, MORE_ROWS = 320, 512
+"""Up to so many rows of a query are split into parts of 32 and 64; more into twice that."""
 MOST_PARTS = 32
 """A query's rows are split into at most this many parts, one per lane of the second pass."""
 DECODE_ROWS = 8
@@ -81,7 +81,7 @@ def parts_type(dtype: Dtype) -> Dtype:
 
 def parts(n_rows: int, most: int) -> int:
     """How many parts a query of n rows is split into; attend_split's rows_per_part."""
-    size = 32 if n_rows <= FEW_ROWS else 64
+    size = 32 if n_rows <= FEW_ROWS else 64 if n_rows <= MORE_ROWS else 128
     while size * most < n_rows:
         size *= 2
     return -(-n_rows // size)

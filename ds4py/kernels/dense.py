@@ -24,10 +24,10 @@ PART = 32
 """Channels of a partial sum with fn, whatever the launch."""
 
 
-def expand_tile(n_x: int) -> int:
-    """Channels of a threadgroup that adds to the streams. Each reads all activations: of a single
-    row that would be a tenth of the weights' bytes with 32 channels."""
-    return 2 * PART if n_x <= 2 else PART
+def expand_rows(n_x: int) -> int:
+    """Channels of a simdgroup of what adds to the streams; four or more make whole parts. A
+    threadgroup reads all activations: with 32 channels those were a tenth of the weights' bytes."""
+    return PART // 2 if n_x <= 2 else PART // 4
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ def expand(
     (s, n_in), dtype = x.shape, residual.streams.dtype
     d = residual.streams.shape[2]
     assert s <= matvec.MAX_ROWS and matrix.n_in == n_in and matrix.rows.shape[0] == d
-    floats = s * (1 + residual.streams.shape[1])
-    plan = matvec.tiling(s, n_in, dtype, d, floats, expand_tile(s))
+    points = matrix.code == CODES["IQ2_XXS"]
+    plan = matvec.tiling(s, n_in, dtype, d, floats=s, rows=expand_rows(s), points=points)
     template = [
         *(("T", dtype), ("TX", x.dtype), ("S", s), ("K", n_in), ("F", matrix.code)),
         *(("KC", plan.staged(s, n_in, dtype)), *plan.template, *residual.template),

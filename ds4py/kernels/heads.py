@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ds4py.kernels import rounding
 from ds4py.kernels.build import Launcher, Template
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, Ops
@@ -84,7 +83,7 @@ class Prepared:
     """float32 [S, 2*c*hd]: the compressor's values and scores, with their bias."""
     index_values: Array | None
     index_query: Array | None
-    """[S, index_heads, index_dim], rotated and rounded."""
+    """[S, index_heads, index_row_width], rotated, as rows are stored."""
     index_weights: Array | None
     """float32 [S, index_heads], scaled."""
 
@@ -131,7 +130,10 @@ def prepare(
         ((n, shape.row_width), shape.row_dtype(dtype)),
         ((n, shape.values) if shape.values else (1,), mx.float32),
         ((n, shape.index_values) if shape.index_values else (1,), mx.float32),
-        ((n, shape.index_heads, shape.index_dim) if shape.index_heads else (1,), dtype),
+        (
+            (n, shape.index_heads, shape.index_row_width) if shape.index_heads else (1,),
+            shape.row_dtype(dtype),
+        ),
         ((n, shape.index_heads) if shape.index_heads else (1,), mx.float32),
     ]
     unused = projected  # any array the kernel may be bound to
@@ -160,8 +162,9 @@ def prepare_ref(
     eps: float,
     dtype: Dtype,
     pack: Callable[[Array], Array],
+    pack_index: Callable[[Array], Array],
 ) -> Prepared:
-    """What `prepare` computes; `pack`: rows as computed -> as stored."""
+    """What `prepare` computes; pack: rows as computed -> as stored, of attention and indexer."""
     s, n = shape, projected.shape[0]
     turn = unfold(ops, table, s.head_dim)
     q = queries[:, : s.n_heads * s.head_dim].astype(dtype).reshape(n, s.n_heads, s.head_dim)
@@ -180,9 +183,7 @@ def prepare_ref(
         index_values = projected[:, at : at + s.index_values] + index_ape[phase]
         index_query = queries[:, s.n_heads * s.head_dim :].astype(dtype)
         index_query = index_query.reshape(n, s.index_heads, s.index_dim)
-        index_query = rotate(ops, index_query, unfold(ops, table, s.index_dim))
-        if s.native:  # without rounding the transform cancels between query and row
-            index_query = rounding.fp4_round(ops, index_query)
+        index_query = pack_index(rotate(ops, index_query, unfold(ops, table, s.index_dim)))
         weights = projected[:, at + s.index_values :].astype(dtype).astype(ops.wide)
         index_weights = weights * (s.index_dim * s.index_heads) ** -0.5
     return Prepared(q, row, values, index_values, index_query, index_weights)

@@ -77,10 +77,10 @@ def search(
 ) -> Array:
     """The best `n_selected` rows each query may see, ties to the lower row: ids int32 [S, k].
 
-    query [S, Hi, d], weights float32 [S, Hi]; committed [layers, capacity, index_row_width] and
-    new [n_new, index_row_width] rows as stored (None: no rows there), n_rows of both; visible
-    int32 [S]; place and step as in `attend.StoredRows`. Ids ascend; a query that sees fewer rows
-    has 0 in the last places.
+    query [S, Hi, index_row_width], packed as rows are; weights float32 [S, Hi]; committed
+    [layers, capacity, index_row_width] and new [n_new, index_row_width] rows as stored (None: no
+    rows there), n_rows of both; visible int32 [S]; place and step as in `attend.StoredRows`. Ids
+    ascend; a query that sees fewer rows has 0 in the last places.
     """
     n = query.shape[0]
     n_parts = max(1, min(n_rows // ROWS_PER_PART, MOST_THREADGROUPS // n))
@@ -104,13 +104,14 @@ def candidates(
     n_parts: int,
 ) -> tuple[Array, Array]:
     """First pass: keys and ids uint32 [S, n_selected, n_parts], every part's best first."""
-    n, n_heads, d = query.shape
-    assert (n_heads, d) == (shape.index_heads, shape.index_dim) and weights.shape == (n, n_heads)
+    n, n_heads, width = query.shape
+    assert (n_heads, width) == (shape.index_heads, shape.index_row_width)
+    assert weights.shape == (n, n_heads)
     some = new if committed is None else committed
     assert some is not None
     template = (
         ("T", query.dtype),
-        ("D", d),
+        ("D", shape.index_dim),
         ("HEADS", n_heads),
         ("K", n_selected),
         ("N", slots(n_selected)),

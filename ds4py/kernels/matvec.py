@@ -19,7 +19,7 @@ UNIT = 256
 """Values that a simdgroup takes at a time, eight a lane."""
 FEW_GROUPS = 64
 """Threadgroups that a launch is not divided into fewer than. Each reads all activations: with 64 of
-them those are 2.5 % of the weights' bytes over a step of V4-Flash, with 128 twice that."""
+them those are about 2 % of the weights' bytes over a step of V4-Flash, with 128 twice that."""
 MAX_TILE_ROWS = 80
 """Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
 THREADGROUP_BYTES, POINTS_BYTES, RESULT_BYTES = 32768, 2048, 4096
@@ -69,21 +69,28 @@ class Tiling:
 
 @lru_cache(1024)
 def tiling(
-    n_x: int, n_in: int, dtype: Dtype, n_rows: int, floats: int, tile: int | None = None
+    n_x: int,
+    n_in: int,
+    dtype: Dtype,
+    n_rows: int,
+    floats: int,
+    rows: int | None = None,
+    points: bool = True,
 ) -> Tiling:
     """For `n_rows` weight rows over all matrices, `floats` kept for each row of a tile.
 
-    Eight simdgroups where their weights fit beside one or two whole rows of activations, else
-    four. A simdgroup gets up to 80 weight rows, so that activations are staged rarely, but never
-    so many that few threadgroups are left. tile: so many per threadgroup instead.
+    Eight or six simdgroups where their weights fit beside one or two whole rows of activations,
+    else four. A simdgroup gets up to 80 weight rows, so that activations are staged rarely, but
+    never so many that few threadgroups are left. rows: so many instead. points: whether a format
+    may be IQ2_XXS.
     """
-    for simdgroups in (8, 4):
-        rows = tile // simdgroups if tile else _rows(n_x, n_rows, floats, simdgroups)
-        kept = stage_bytes(n_x) * simdgroups + 4 * floats * simdgroups * rows + POINTS_BYTES + 256
-        plan = Tiling(simdgroups, rows, THREADGROUP_BYTES - kept)
-        if simdgroups == 4 or (n_x <= 2 and n_x * n_in * dtype.size <= plan.room):
+    for simdgroups in (8, 6, 4):
+        each = rows or _rows(n_x, n_rows, floats, simdgroups)
+        kept = stage_bytes(n_x) * simdgroups + 4 * floats * simdgroups * each + 256
+        room = THREADGROUP_BYTES - kept - (POINTS_BYTES if points else 0)
+        if simdgroups == 4 or (n_x <= 2 and n_x * n_in * dtype.size <= room):
             break
-    return plan
+    return Tiling(simdgroups, each, room)
 
 
 def least_rows(n_x: int) -> int:

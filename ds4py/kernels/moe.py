@@ -184,7 +184,7 @@ def down(
     assert h.dtype == residual.streams.dtype
     assert experts.n_inner == n_inner == shared.n_in and shared.rows.shape[0] == d == experts.n_in
     floats = s * (1 + max(places, n_streams))
-    plan = matvec.tiling(s, n_inner, h.dtype, d, floats, dense.expand_tile(s))
+    plan = matvec.tiling(s, n_inner, h.dtype, d, floats, rows=dense.expand_rows(s))
     template = [
         *(("T", h.dtype), ("S", s), ("KTOP", places - 1), ("I", n_inner)),
         *(("DOWN", experts.starts[2]), *residual.template),

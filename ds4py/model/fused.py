@@ -125,8 +125,14 @@ class Fused(Protocol):
         ...
 
     def stack(
-        self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
+        self,
+        layers: Sequence[Array],
+        n_taken: int,
+        n_kept: int,
+        old: Array | None = None,
+        n_read: int | None = None,
     ) -> Array:
         """What a commit keeps: of each layer the last `n_kept` of the old rows [layers, n, width]
-        and the first `n_taken` of the new ones, [S, width] each."""
+        and the first `n_taken` of the new ones, [S, width] each. n_read: of them only that many,
+        the last, will be read."""
         ...

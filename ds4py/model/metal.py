@@ -393,14 +393,21 @@ class Metal(Reference):
         return logits
 
     def stack(
-        self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
+        self,
+        layers: Sequence[Array],
+        n_taken: int,
+        n_kept: int,
+        old: Array | None = None,
+        n_read: int | None = None,
     ) -> Array:
-        def run(old: Array | None, *layers: Array) -> Sequence[Array]:
-            return [state.stack(self.launcher, layers, n_taken, n_kept, old)]
+        def run(old: Array | None, unread: Array | None, *layers: Array) -> Sequence[Array]:
+            return [state.stack(self.launcher, layers, n_taken, n_kept, old, unread)]
 
+        unread = None if n_read is None else integers(n_kept - n_read)
         first = layers[0]
-        key = ("stack", len(layers), first.shape[1:], first.dtype, n_taken, n_kept, old is None)
-        return self._replay(key, first, (old, *layers), run)[0]
+        kind = len(layers), first.shape[1:], first.dtype
+        key = ("stack", *kind, n_taken, n_kept, old is None, unread is None)
+        return self._replay(key, first, (old, unread, *layers), run)[0]
 
     def _replay(
         self,

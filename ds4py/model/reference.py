@@ -301,9 +301,14 @@ class Reference:
         return self.ops.to_mlx(self.ops.project(x, weight)[0])
 
     def stack(
-        self, layers: Sequence[Array], n_taken: int, n_kept: int, old: Array | None = None
+        self,
+        layers: Sequence[Array],
+        n_taken: int,
+        n_kept: int,
+        old: Array | None = None,
+        n_read: int | None = None,
     ) -> Array:
-        return state.stack_ref(self.ops, layers, n_taken, n_kept, old)
+        return state.stack_ref(self.ops, layers, n_taken, n_kept, old, n_read)
 
 
 def _joined(ops: Ops, parts: Sequence[Array], axis: int = 0) -> Array:

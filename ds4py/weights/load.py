@@ -166,7 +166,7 @@ class Loader:
             w_q=self.maps.pack(w_q),
             wo_a=self.maps.grouped(f"{prefix}.wo_a", c.o_groups),
             wo_b=self._linear(f"{prefix}.wo_b"),
-            q_norm=self._vector(f"{prefix}.q_norm.weight"),
+            q_norm=self.maps.vector(f"{prefix}.q_norm.weight"),
             kv_norm=self._vector(f"{prefix}.kv_norm.weight"),
             sink=self._vector(f"{prefix}.attn_sink"),
             compressor=compressor,

@@ -47,6 +47,10 @@ class Maps(Protocol):
         """A hyper-connection's fn, exactly; `name` is the tensor's."""
         ...
 
+    def vector(self, name: str) -> Array:
+        """A norm's weights that a product reads, exactly; `name` is the tensor's."""
+        ...
+
 
 @dataclass(frozen=True)
 class FloatMaps:
@@ -71,6 +75,9 @@ class FloatMaps:
 
     def mix(self, name: str) -> Weight:
         return self.ops.pack([(self.source.floats(name), self.ops.wide)])
+
+    def vector(self, name: str) -> Array:
+        return self.array(self.source.floats(name))
 
     def _read(self, part: Part) -> F32:
         maps = [self.source.matrix(name) for name in part.names]
@@ -104,6 +111,9 @@ class PackedMaps:
     def mix(self, name: str) -> Weight:
         fn = self.source.floats(name)
         return Weight((self._narrowed(fn),), (fn.shape[0],))
+
+    def vector(self, name: str) -> Array:
+        return self._narrowed(self.source.floats(name))
 
     def _narrowed(self, values: F32) -> mx.array:
         """In the two bytes a number that the file has, where those say the same."""

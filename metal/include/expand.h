@@ -8,7 +8,7 @@ enum { PART = 32 };
 // y, mixed: [S, TILE] and [S, H, TILE] of threadgroup memory; channel `first` + r stands at r, the
 // first n_rows exist, as do the first n_s rows of S. gates: post | comb, [S, H + H * H], where
 // comb[j, k] carries stream j into stream k. streams, expanded: [S, H, D]; fn: [R, H * D]. TILE is
-// one or two parts. partials: of the tile's first part, [S, R + 1]: products with fn's rows, then
+// whole parts. partials: of the tile's first part, [S, R + 1]: products with fn's rows, then
 // the sum of squares; the next part's come `stride` later. All threads take part; y must be
 // complete.
 template <int S, int H, int D, int R, int TILE, int NSG, typename T, typename F>
@@ -32,10 +32,11 @@ inline void expand_tile(threadgroup const float* y, threadgroup float* mixed, in
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  // A simdgroup reads some rows of fn, once for all n_s rows of streams: 16 lanes for a part, two
-  // channels each.
-  int r = 2 * int(lane), part = int(lane) / 16;
-  for (int row = int(sg); row <= R; row += NSG) {
+  // A simdgroup reads some rows of fn, once for all n_s rows of streams, two parts at a time: 16
+  // lanes for a part, two channels each.
+  constexpr int PAIRS = (TILE + 63) / 64;
+  for (int i = int(sg); i < PAIRS * (R + 1); i += NSG) {
+    int row = i / PAIRS, r = i % PAIRS * 64 + 2 * int(lane), part = r / PART;
     float sums[S];
     for (int s = 0; s < S; s++) sums[s] = 0.0f;
     for (int h = 0; h < H; h++) {

@@ -100,6 +100,10 @@ template <typename T, int HD, int ROPE, bool PLAIN> constexpr uint attention_row
   return PLAIN ? HD * sizeof(T) : attention_tail(HD - ROPE) + 2 * ROPE;
 }
 
+template <typename T, int D, bool PLAIN> constexpr uint index_row_bytes() {
+  return PLAIN ? D * sizeof(T) : D / 2 + D / FP4_BLOCK;
+}
+
 // The scale code of this lane's FP4 block, a pair of channels in each of 16 lanes.
 inline uint fp4_block_code(float2 x) {
   float amax = max(fabs(x.x), fabs(x.y));

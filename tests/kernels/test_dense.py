@@ -224,7 +224,7 @@ def test_a_wrong_projection_is_noticed(name: str, right: str, wrong: str) -> Non
     "right wrong",
     [
         ("H + j * H + k]", "H + k * H + j]"),
-        ("row <= R", "row < R"),
+        ("PAIRS * (R + 1)", "PAIRS * R"),
         ("= float(rounded);", "= 0.5f * sum;"),
         ("partials + first / PART * STRIDE", "partials + STRIDE"),
         ("part * stride", "part"),

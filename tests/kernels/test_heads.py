@@ -117,7 +117,7 @@ class Step:
     def prepare_ref(self, factor: float = 1.0) -> heads.Prepared:
         return heads.prepare_ref(
             *(OPS, self.shape, self.projected, self.queries * factor, self.table, self.norms[0]),
-            *(*self.apes, self.start, EPS, self.dtype, self.pack(0, factor)),
+            *(*self.apes, self.start, EPS, self.dtype, self.pack(0, factor), self.pack(1)),
         )
 
     @property
@@ -176,7 +176,7 @@ def compare_prepared(step: Step, found: heads.Prepared) -> None:
     same_rows(*(step.unpack(0, made.row) for made in (found, wanted, low, high)), differing)
     if found.index_query is not None:
         made = (found, wanted, low, high)
-        same_rows(*host([x.index_query for x in made]), differing)
+        same_rows(*(step.unpack(1, x.index_query) for x in made), differing)
 
 
 def compare_rows(step: Step, found: Any) -> None:

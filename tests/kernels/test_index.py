@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ds4py.cache import rows as stored
-from ds4py.kernels import index, rounding
+from ds4py.kernels import index
 from ds4py.kernels.build import Launcher
 from ds4py.kernels.ops import MlxOps, Ops
 from tests.kernels.near import traffic
@@ -34,9 +34,7 @@ class Case:
     ):
         self.shape, self.k, self.start = layer(size, "indexed", native), k, start
         heads = size.index_heads
-        self.query = normal(1, n, heads, 128).astype(dtype)
-        if native:
-            self.query = rounding.fp4_round(OPS, self.query)
+        self.packed_query = self.store(normal(1, n, heads, 128).astype(dtype))
         self.weights = normal(2, n, heads)
         self.n_old, end = start // ratio, (start + n) // ratio
         self.visible = mx.array(((np.arange(start, start + n) + 1) // ratio).astype(np.int32))
@@ -47,6 +45,10 @@ class Case:
         fresh = normal(4, end - self.n_old, 128).astype(dtype)
         self.new = self.store(fresh) if end > self.n_old else None
         self.n_rows = end
+
+    @property
+    def query(self) -> Any:
+        return self.load(self.packed_query)
 
     def store(self, rows: Any) -> Any:
         return stored.pack(OPS, LAYOUT, rows) if self.shape.native else rows
@@ -64,7 +66,7 @@ class Case:
         place = mx.array(np.array([0, 1], np.int32))
         step = mx.array(np.array([self.start, self.n_old], np.int32))
         known = self.committed if self.n_old else None
-        rows = (self.query, self.weights, known, self.new)
+        rows = (self.packed_query, self.weights, known, self.new)
         if n_parts is None:
             return [
                 index.search(
@@ -129,11 +131,18 @@ def test_search_of_flash() -> None:
         case.compare(made)
 
 
+def unscaled(codes: Any) -> Any:
+    """Packed rows [..., 64] of FP4 pairs with scales of 1."""
+    scales = np.full((*codes.shape[:-1], 4), 127, np.uint8)
+    return mx.array(np.concatenate([codes, scales], axis=-1))
+
+
 def exact(case: Case, kind: str) -> Case:
     """Small integers everywhere, so that scores are exact in any order and ties are many."""
     rng = np.random.default_rng(8)
     n, heads, d = case.query.shape
-    case.query = mx.array(rng.integers(0, 2, (n, heads, d)).astype(np.float32))
+    codes = rng.choice([0x00, 0x02, 0x20, 0x22], (n, heads, d // 2)).astype(np.uint8)  # 0 and 1
+    case.packed_query = unscaled(codes)
     case.weights = mx.array(rng.integers(-2, 3, (n, heads)).astype(np.float32))
     codes = rng.integers(0, 4, (2, case.n_old + 3, 64)).astype(np.uint8)
     if kind == "rising":  # the worst order: every row is better than all before it
@@ -141,8 +150,7 @@ def exact(case: Case, kind: str) -> Case:
         steps = np.arange(case.n_old + 3)[None, :, None] * 64 // (case.n_old + 3)
         codes = np.where(np.arange(64) < steps, 4, 0).astype(np.uint8)
         codes = np.broadcast_to(codes, (2, case.n_old + 3, 64))
-    scales = np.full((2, case.n_old + 3, 4), 127, np.uint8)
-    case.committed = mx.array(np.concatenate([codes, scales], axis=2))
+    case.committed = unscaled(codes)
     if kind == "equal":
         case.weights = case.weights * -0.0
     return case

@@ -1,7 +1,7 @@
 """The launches of one step of a model without weights, and what they read.
 
-One launch of each kind is executed in check mode at its full shapes, a few threadgroups of it; its
-reads are scaled to the grid and counted once for every launch of that kind.
+One launch of each kind is executed in check mode at its full shapes, a few threadgroups of it where
+they are alike; its reads are scaled to the grid and counted once for every launch of that kind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from tools.metal_cpu import Kernel
 from tools.metal_cpu.arrays import dtype_name, numpy_dtype
 
 SAMPLED = 2
-"""Threadgroups that are executed."""
+"""Threadgroups that are executed, where they are alike."""
+WHOLE = {"attend_split", "index_candidates"}
+"""Kernels whose threadgroups read different numbers of rows."""
 SLOTS = 8
 """Expert records that stand for all of a layer's."""
 
@@ -100,6 +102,7 @@ class Step:
             if name == "slots":
                 given[:] = np.arange(shape[1])
             inputs.append(integers[i] if i in integers and name != "slots" else given)
+        sampled = kind.groups if kind.name in WHOLE else min(kind.groups, SAMPLED)
         kernel(
             inputs=inputs,
             template=template,
@@ -108,9 +111,9 @@ class Step:
             output_shapes=[shape for shape, _ in kind.outputs],
             output_dtypes=[dtype for _, dtype in kind.outputs],
             mode="check",
-            sampled=SAMPLED,
+            sampled=sampled,
         )
-        share = kind.groups / min(kind.groups, SAMPLED)
+        share = kind.groups / sampled
         return {
             name: round(kernel.last.traffic[name].useful * share)
             for name in kernel.input_names

@@ -47,13 +47,13 @@ def counted(position: int) -> tuple[Counter[str], dict[str, int]]:
     return more, must
 
 
-@pytest.mark.parametrize(("position", "most"), [(1000, 1.035), (100_000, 1.045)])
-def test_a_token_reads_little_besides_weights_and_rows(position: int, most: float) -> None:
+@pytest.mark.parametrize("position", [1000, 100_000, 100_095])
+def test_a_token_reads_little_besides_weights_and_rows(position: int) -> None:
     """Every threadgroup of a product reads the product's input, and attention reads a row for each
-    16 of the 64 heads. A GPU of 80 cores has to bring each input to every core: 3 % at that."""
+    16 of the 64 heads. Before a window of 128 tokens closes a commit has the most to keep."""
     more, must = counted(position)
     weights = sum(n for name, n in must.items() if name not in PLAIN)
     inputs = sum(more[name] for name in WEIGHTS)
-    assert inputs / weights <= 0.027, more
+    assert inputs / weights <= 0.021, more
     rows = sum(must.get(name, 0) for name in PLAIN)
-    assert (weights + more.total()) / (weights + rows) <= most, more
+    assert (weights + more.total()) / (weights + rows) <= 1.03, more
