@@ -8,9 +8,10 @@
 // Columns: projected is wq_a | wkv | the compressor's values and scores | the indexer's | index
 // weights, each as present; queries is the heads | the index heads. step[0] is the first new
 // token's position, constants the norm's epsilon and the index weights' factor. Templates: T, HD,
-// NH, ROPE, LATENT (width of wq_a), RATIO (0: no compressor), VALUES, INDEX_VALUES (their widths),
-// INDEX_DIM, INDEX_HEADS (0: no indexer), PLAIN (rows and index queries stay T, unrounded; else
-// index queries are packed as index rows are: every part of the indexer's search reads them).
+// NH (0: no queries), ROPE, LATENT (width of wq_a), RATIO (0: no compressor), VALUES, INDEX_VALUES
+// (their widths), INDEX_DIM, INDEX_HEADS (0: no indexer), PLAIN (rows and index queries stay T,
+// unrounded; else index queries are packed as index rows are: every part of the indexer's search
+// reads them).
 #include "rows.h"
 #include "heads.h"
 
@@ -110,6 +111,7 @@ if (job < ROW_JOB) {
   }
 }
 if (job == 0 && token == 0 && lane == 0) {
+  if (NH == 0) q[0] = T(0.0f);
   if (VALUES == 0) values[0] = 0.0f;
   if (INDEX_VALUES == 0) index_values[0] = 0.0f;
   if (INDEX_HEADS == 0) {

@@ -3,9 +3,10 @@
 An `Image` holds the token ids, the stored rows from some position on, the frontier without what no
 later row needs, and the seed of its sampler (noise depends on seed and position only, so that is
 all of its state). The next-token logits are not in it: the head makes them of the frontier's
-streams, an eighth of their bytes. What runs along without rows of its own, a draft layer's window,
-goes into `extra`. Arrays are little-endian; bfloat16 travels as its
-bits. `save` writes an image whose rows begin at 0 as one record; the store splits it into segments.
+streams, an eighth of their bytes. A draft layer's window is an array of its own: an engine that
+does not draft ignores it, and one that finds none begins with an empty window, which costs some
+drafts and no token. Arrays are little-endian; bfloat16 travels as its bits. `save` writes an image
+whose rows begin at 0 as one record; the store splits it into segments.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Image:
     ratios: dict[str, int]
     """Per series, tokens a row stands for."""
     frontier: Arrays
-    """`window`, `streams`, and per series `values.NAME`."""
+    """`window`, `streams`, per series `values.NAME`, and `draft`, if its window runs along."""
     seed: int | None = None
     extra: dict[str, Arrays] = field(default_factory=dict)
     """Further frontiers by name, as `capture_frontier` gives them: `turnN` is a checkpoint of this
-    sequence at N tokens, other names are other sequences'."""
+    sequence at N tokens. Or other small arrays."""
 
     @property
     def position(self) -> int:
@@ -81,9 +82,11 @@ def fill(state: SequenceState, image: Image) -> None:
 
 
 def capture_frontier(state: SequenceState, frontier: Frontier) -> Arrays:
-    """`window`, `streams`, and `values.NAME` per series."""
-    kept = state.checkpoint(frontier)
-    arrays = {"window": _bits(kept.window), "streams": _bits(kept.streams)}
+    """What an image's `frontier` holds."""
+    kept, n_main = state.checkpoint(frontier), state.n_main
+    arrays = {"window": _bits(kept.window[:n_main]), "streams": _bits(kept.streams)}
+    if len(kept.window) > n_main:
+        arrays["draft"] = _bits(kept.window[n_main:])
     return arrays | {f"values.{name}": _bits(values) for name, values in kept.values.items()}
 
 
@@ -94,10 +97,16 @@ def frontier_of(state: SequenceState, position: int, arrays: Arrays) -> Frontier
         whole = like.values[s.name]
         shape = (whole.shape[0], s.needed(position), whole.shape[2])
         values[s.name] = _array(state.ops, arrays.get(f"values.{s.name}"), whole, shape)
+    window, draft = like.window[: state.n_main], like.window[state.n_main :]
     window, streams = (
         state.ops.copy(_array(state.ops, arrays.get(name), own, tuple(own.shape)))
-        for name, own in (("window", like.window), ("streams", like.streams))
+        for name, own in (("window", window), ("streams", like.streams))
     )
+    if len(draft):
+        found = state.ops.zeros(draft.shape, draft.dtype)
+        if "draft" in arrays:
+            found = _array(state.ops, arrays["draft"], draft, tuple(draft.shape))
+        window = state.ops.concatenate([window, found])
     return Frontier(position, window, values, streams)
 
 
@@ -132,7 +141,7 @@ def load(path: Path, identity: str) -> Image:
     for name in [n for n in arrays if n.startswith("extra.")]:
         _, state, key = name.split(".", 2)
         extra.setdefault(state, {})[key] = arrays[name]
-    own = ("window", "streams")
+    own = ("window", "streams", "draft")
     frontier = {n: a for n, a in arrays.items() if n in own or n.startswith("values.")}
     if "tokens" not in arrays or len(arrays["tokens"]) != header.get("position"):
         raise RecordError(f"{path} is damaged: it lacks its tokens; save the session again")

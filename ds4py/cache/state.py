@@ -85,6 +85,8 @@ class LayerDelta:
 class Delta:
     """What one step would add to a state. Holding it changes nothing."""
 
+    start: int
+    """The state's position when the step was made."""
     n_tokens: int
     layers: list[LayerDelta]
     streams: Array
@@ -136,6 +138,8 @@ class SequenceState:
             for s, f in zip(self.series, self.formats.values(), strict=True)
         }
         self.slot = {(s.name, layer): i for s in self.series for i, layer in enumerate(s.layers)}
+        self.n_main = sum(plan.index < config.num_hidden_layers for plan in plans)
+        """Layers of the main model. A draft layer's window lies behind theirs."""
         self._window_format = formats.attention
         self._window_shape = (len(plans), config.sliding_window - 1, formats.attention.width)
         self._streams_shape = (1, config.hc_mult, config.hidden_size)
@@ -178,31 +182,33 @@ class SequenceState:
         return data[slot : slot + 1].reshape(data.shape[1:])  # a view: MLX copies at data[slot]
 
     def commit(self, delta: Delta, n_tokens: int) -> None:
-        """Take the first `n_tokens` positions of a delta made at this state's position."""
+        """Take the next `n_tokens` positions of a delta: its first ones, unless some were taken."""
         if n_tokens == 0:
             return
         frontier, old = self.after(delta, n_tokens), self.position
         self._read = self._read_after(delta, n_tokens, frontier)
         for s in self.series:
             n_rows = s.count(frontier.position) - s.count(old)
+            n_gone = s.count(old) - s.count(delta.start)
             if n_rows:
-                parts = [delta.layers[layer].rows[s.name] for layer in s.layers]
+                parts = [_rest(delta.layers[i].rows[s.name], n_gone) for i in s.layers]
                 self.rows[s.name].write(s.count(old), self._stack(parts, n_rows, n_rows))
         self.frontier = frontier  # the one assignment that makes it real
 
     def after(self, delta: Delta, n_tokens: int) -> Frontier:
         """The frontier that `commit(delta, n_tokens)` would leave."""
-        assert 0 < n_tokens <= delta.n_tokens
+        gone = self.position - delta.start
+        assert 0 <= gone < gone + n_tokens <= delta.n_tokens
         old, values = self.frontier, {}
         for s in self.series:
-            parts = [delta.layers[layer].values[s.name] for layer in s.layers]
+            parts = [_rest(delta.layers[layer].values[s.name], gone) for layer in s.layers]
             n_read = s.needed(old.position + n_tokens)
             values[s.name] = self._stack(parts, n_tokens, s.history, old.values[s.name], n_read)
-        parts = [part.window for part in delta.layers]
+        parts = [_rest(part.window, gone) for part in delta.layers]
         window = self._stack(parts, n_tokens, old.window.shape[1], old.window)
         streams = delta.streams
         if delta.n_tokens > 1:
-            streams = self.ops.copy(streams[n_tokens - 1 : n_tokens])
+            streams = self.ops.copy(streams[gone + n_tokens - 1 : gone + n_tokens])
         return Frontier(old.position + n_tokens, window, values, streams)
 
     def _read_after(
@@ -211,7 +217,8 @@ class SequenceState:
         """The window rows `window` gave, and those of the delta, as it will give them then."""
         if self._read is None or self._read[0] is not self.frontier:
             return None
-        window, parts = self._read[1], [part.read for part in delta.layers]
+        window, gone = self._read[1], self.position - delta.start
+        parts = [_rest(part.read, gone) for part in delta.layers]
         return frontier, self._stack(parts, n_tokens, window.shape[1], window)
 
     def checkpoint(self, frontier: Frontier) -> Frontier:
@@ -262,3 +269,8 @@ class SequenceState:
         per_row = {name: store.data.shape[0] * store.row_bytes for name, store in self.rows.items()}
         rows = (capacity(s.count(position)) * per_row[s.name] for s in self.series)
         return self._empty().n_bytes + sum(rows)
+
+
+def _rest(x: Array, n_gone: int) -> Array:
+    """Rows that were not taken yet."""
+    return x[n_gone:] if n_gone else x

@@ -120,6 +120,14 @@ Kernels = Annotated[
         help="metal: the GPU's own kernels; reference: plain MLX operations. Default: auto.",
     ),
 ]
+Draft = Annotated[
+    bool | None,
+    typer.Option(
+        "--draft/--no-draft",
+        help="Let the model's draft layer guess tokens that the model checks: the same answers. "
+        "Default: --no-draft.",
+    ),
+]
 KvDir = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Keeps what was read for the next start; none: nowhere."),

@@ -15,6 +15,7 @@ from ds4py.cli.arguments import (
     NO_EXPERT_CHOICE,
     ApiKey,
     ContextSize,
+    Draft,
     ExpertChoice,
     Grace,
     Host,
@@ -110,6 +111,7 @@ def generate(
     experts: ExpertChoice = NO_EXPERT_CHOICE,
     trace: RoutingTrace = None,
     kernels: Kernels = None,
+    draft: Draft = None,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -140,6 +142,7 @@ def generate(
         memory=memory,
         experts=experts,
         kernels=kernels,
+        draft=draft,
         kv_dir=kv_dir,
         kv_space=kv_space,
     )
@@ -172,6 +175,7 @@ def chat(
     memory: Memory = None,
     experts: ExpertChoice = NO_EXPERT_CHOICE,
     kernels: Kernels = None,
+    draft: Draft = None,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,
 ) -> int:
@@ -197,6 +201,7 @@ def chat(
         memory=memory,
         experts=experts,
         kernels=kernels,
+        draft=draft,
         kv_dir=kv_dir,
         kv_space=kv_space,
     )
@@ -230,6 +235,7 @@ def serve(
     memory: Memory = None,
     experts: ExpertChoice = NO_EXPERT_CHOICE,
     kernels: Kernels = None,
+    draft: Draft = None,
 ) -> int:
     """Answer over HTTP: chat completions, completions, responses and messages.
 
@@ -242,6 +248,7 @@ def serve(
         memory=memory,
         experts=experts,
         kernels=kernels,
+        draft=draft,
         kv_dir=kv_dir,
         kv_space=kv_space,
     )
@@ -400,6 +407,7 @@ def speed(
         int, typer.Option(min=1, metavar="N", help="Runs of each; the median counts.")
     ] = 3,
     kernels: Kernels = None,
+    draft: Draft = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
 ) -> int:
     """Measure tokens per second: decoding near and far into the context, and reading prompts.
@@ -408,7 +416,8 @@ def speed(
     """
     from ds4py.cli.bench import run_speed
 
-    return run_speed(Settings(given.choose_model(model), kernels=kernels), tokens, repeat, json)
+    settings = Settings(given.choose_model(model), kernels=kernels, draft=draft)
+    return run_speed(settings, tokens, repeat, json)
 
 
 bench.command("experts", short_help="Measure streamed experts.")(streaming.bench)

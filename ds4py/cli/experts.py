@@ -43,8 +43,16 @@ def tracing(engine: "Engine", file: str | None) -> Iterator[None]:
 
 
 def counters(stats: Mapping[str, Any]) -> str:
-    """Lines about an engine's streamed experts and Metal kernels, where there are any."""
-    return "\n".join(filter(None, (_streaming(stats["experts"]), _kernels(stats["kernels"]))))
+    """Lines about an engine's drafts, streamed experts and Metal kernels, where there are any."""
+    lines = _drafts(stats["draft"]), _streaming(stats["experts"]), _kernels(stats["kernels"])
+    return "\n".join(filter(None, lines))
+
+
+def _drafts(stats: Mapping[str, Any]) -> str:
+    if not stats:
+        return ""
+    state = "; paused, as they do not pay for now" if stats["gate"] == "closed" else ""
+    return f"ds4: {stats['drafted']} tokens drafted, {stats['accepted']} accepted{state}"
 
 
 def _kernels(stats: Mapping[str, Any]) -> str:

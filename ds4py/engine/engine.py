@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,16 @@ class Engine:
         rows = row_formats(ops, self.config, dtype, rounded, native)
         records = source.records()
         wishes = options.streaming
-        numerics = Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None)
-        self.plan: MemoryPlan = memory.plan_memory(
+        self.plan: MemoryPlan
+        numerics, self.plan = memory.plan_drafting(
+            options.draft,
             source,
-            numerics,
+            Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None),
             records,
-            options.context,
-            options.memory,
-            options.experts,
-            wishes.slots,
+            context=options.context,
+            memory=options.memory,
+            experts=options.experts,
+            slots=wishes.slots,
         )
         self.context = self.plan.context
         if build.metal_available():  # MLX keeps freed buffers without a bound of its own
@@ -133,6 +135,8 @@ class Engine:
         decoded = DecodedMaps(self.plan.decoded)
         self._loader = Loader(source, ops, dtype, rounded, native, launcher, streamed, decoded)
         self.model = self._loader.transformer()
+        if numerics.draft:
+            self.model = replace(self.model, draft=self._loader.draft(self.model))
         if streamed is not None and records is not None:
             if wishes.slots is None:
                 self.plan = memory.refit(self.plan, self.config, records)
@@ -207,7 +211,7 @@ class Engine:
         """The MTP layer, loaded when first asked for. Raises WeightsError when there is none."""
         if not self.has_draft:
             raise WeightsError(f"model {self.name} has no MTP weights this engine can run")
-        return self._loader.draft(self.model)
+        return self.model.draft or self._loader.draft(self.model)
 
     def score(
         self, tokens: Sequence[int], chunks: Sequence[int] | None = None
@@ -216,42 +220,39 @@ class Engine:
 
         chunks: sizes of the steps, which must add up to T; None = chunks of `prefill_chunk`.
         """
-        logits, _ = self._run(tokens, chunks)
-        return logits
-
-    def score_mtp(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Draft logits, float32 [T-1, V]: row p sees tokens 0..p+1 and predicts token p+2."""
-        draft, (_, streams) = self.draft, self._run(tokens, None)
-        state, rows, chunk = draft.new_state(), [], self.options.prefill_chunk
-        for start in range(0, len(tokens) - 1, chunk):
-            end = min(start + chunk, len(tokens) - 1)
-            following = mx.array([int(t) for t in tokens[start + 1 : end + 1]])
-            logits, delta = draft.step(draft.ops.array(streams[start:end]), following, state)
-            state.commit(delta, end - start)
-            mx.eval(logits, *state.pending())  # bounds the graph to one chunk
-            rows.append(np.array(logits))
-        return np.concatenate(rows)
-
-    def _run(
-        self, tokens: Sequence[int], chunks: Sequence[int] | None
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Logits [T, V] and final streams [T, H, D] of a fresh sequence."""
         ids, step = [int(t) for t in tokens], self.options.prefill_chunk
         check_tokens(ids, self.context, self.config.vocab_size)
         if chunks is None:
             chunks = [min(step, len(ids) - i) for i in range(0, len(ids), step)]
         if sum(chunks) != len(ids) or min(chunks) < 1:
             raise OptionsError(f"chunks add up to {sum(chunks)}; need the {len(ids)} tokens given")
-        state, logits, streams = self.model.new_state(), [], []
+        state, rows = self.model.new_state(), []
         for n in chunks:
             part = mx.array(ids[state.position : state.position + n])
-            out, delta = self.model.step(part, state)
+            logits, delta = self.model.step(part, state)
             state.commit(delta, n)
-            part_streams = self.model.ops.to_mlx(delta.streams).astype(mx.float32)
-            mx.eval(out, part_streams, *state.pending())  # bounds the graph to one chunk
-            logits.append(np.array(out))
-            streams.append(np.array(part_streams))
-        return np.concatenate(logits), np.concatenate(streams)
+            mx.eval(logits, *state.pending())  # bounds the graph to one chunk
+            rows.append(np.array(logits))
+        return np.concatenate(rows)
+
+    def score_mtp(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Draft logits, float32 [T-1, V]: row p sees tokens 0..p+1 and predicts token p+2."""
+        ids, chunk, draft = [int(t) for t in tokens], self.options.prefill_chunk, self.draft
+        check_tokens(ids, self.context, self.config.vocab_size)
+        model = replace(self.model, draft=draft)
+        state, rows = model.new_state(), []
+        for start in range(0, len(ids), chunk):
+            part = mx.array(ids[start : start + chunk])
+            _, delta = model.step(part, state, n_logits=0)
+            first = int(start == 0)  # the first token has no pair
+            streams = draft.ops.concatenate([state.frontier.streams, delta.streams[:-1]])
+            logits = mx.zeros((0, self.config.vocab_size))
+            if len(part) > first:
+                logits = draft.logits(streams[first:], part[first:], state)
+            state.commit(delta, len(part))
+            mx.eval(logits, *state.pending())  # bounds the graph to one chunk
+            rows.append(np.array(logits))
+        return np.concatenate(rows)
 
     @cached_property
     def identity(self) -> str:
@@ -286,6 +287,7 @@ class Engine:
             "parameters": n_parameters(self.config),
             **self.counters,
             "routing": self.routing,
+            "draft": self.decoder.speculation.stats(),
             "experts": self.experts.stats(),
             "kernels": {} if self.launcher is None else self.launcher.stats(),
         }

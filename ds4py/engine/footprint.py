@@ -33,6 +33,8 @@ class Numerics:
     prefill_chunk: int
     packed: bool = False
     """Matrices stay in the bytes of the file: the Metal kernels read them so."""
+    draft: bool = False
+    """The draft layer is loaded, and its window runs along."""
 
     @property
     def itemsize(self) -> int:
@@ -52,8 +54,11 @@ def n_parameters(config: ModelConfig) -> int:
 
 def dense_bytes(source: Source, n: Numerics) -> int:
     """The weights every token reads, as held in memory."""
-    total = 0
-    for name, shape in names.expected(source.config).items():
+    total, shapes = 0, names.expected(source.config)
+    if n.draft:
+        drafts = names.expected_draft(source.config)
+        shapes |= {name: shape for name, shape in drafts.items() if name.startswith("mtp.0.")}
+    for name, shape in shapes.items():
         if ROUTED.search(name):
             continue
         if n.packed and name.endswith(".weight") and len(shape) == 2:
@@ -82,8 +87,8 @@ def _weight_bytes(name: str, shape: tuple[int, ...], n: Numerics) -> int:
 def expert_bytes(
     config: ModelConfig, n: Numerics, records: Mapping[int, LayerRecords] | None
 ) -> int:
-    """All routed experts of the main model, as held in memory when resident."""
-    layers = range(len(config.layers))
+    """All routed experts, as held in memory when resident."""
+    layers = range(n_layers(config, n))
     if records is not None:
         return sum(records[i].record_bytes * records[i].n_experts for i in layers)
     d, inner = config.hidden_size, config.moe_intermediate_size
@@ -104,28 +109,34 @@ def expert_bytes(
     return len(layers) * config.n_routed_experts * padded * n.wide
 
 
+def n_layers(config: ModelConfig, n: Numerics) -> int:
+    """Those that are loaded."""
+    return len(config.layers) + n.draft
+
+
 def bytes_per_token(config: ModelConfig, rows: RowFormats) -> float:
     """What one more token of context adds to a session's compressed rows."""
     return sum(_row_bytes(config, rows, i) / plan.ratio for i, plan in _compressed(config))
 
 
-def kv_bytes(config: ModelConfig, rows: RowFormats, n_tokens: int, wide: int = 4) -> int:
+def kv_bytes(config: ModelConfig, n: Numerics, n_tokens: int) -> int:
     """One session's state at `n_tokens`: rows with the room they grow into, and its frontier."""
-    total = frontier_bytes(config, rows, wide)
+    total = frontier_bytes(config, n)
     for i, plan in _compressed(config):
         capacity, need = 0, n_tokens // plan.ratio
         while capacity < need:
             capacity += min(max(capacity, FIRST_CAPACITY), LARGEST_STEP)
-        total += capacity * _row_bytes(config, rows, i)
+        total += capacity * _row_bytes(config, n.rows, i)
     return total
 
 
-def frontier_bytes(config: ModelConfig, rows: RowFormats, wide: int = 4) -> int:
+def frontier_bytes(config: ModelConfig, n: Numerics) -> int:
     """The part of a state that does not grow, which is also what a checkpoint keeps."""
-    total = len(config.layers) * (config.sliding_window - 1) * _width(rows.attention)
+    rows = n.rows
+    total = n_layers(config, n) * (config.sliding_window - 1) * _width(rows.attention)
     for _, plan in _compressed(config):
         width = config.head_dim + (config.index_head_dim if plan.indexed else 0)
-        total += (plan.overlap * plan.ratio - 1) * 2 * plan.overlap * width * wide
+        total += (plan.overlap * plan.ratio - 1) * 2 * plan.overlap * width * n.wide
     one = rows.attention.ops.zeros((1,), rows.attention.dtype)
     return total + config.hc_mult * config.hidden_size * int(one.nbytes)
 
@@ -215,5 +226,4 @@ def decoded_at_once(config: ModelConfig, n: Numerics, packed: bool, streamed: bo
 
 def session_bytes(config: ModelConfig, n: Numerics, context: int) -> int:
     """One session at its full context, with its checkpoints."""
-    checkpoints = MOST * frontier_bytes(config, n.rows, n.wide)
-    return kv_bytes(config, n.rows, context, n.wide) + checkpoints
+    return kv_bytes(config, n, context) + MOST * frontier_bytes(config, n)

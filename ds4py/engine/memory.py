@@ -15,7 +15,7 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -174,17 +174,41 @@ def plan_memory(
     return fit(plan, config, records)
 
 
+def plan_drafting(
+    draft: str,
+    source: Source,
+    n: Numerics,
+    records: Mapping[int, LayerRecords] | None,
+    **wishes: Any,
+) -> tuple[Numerics, MemoryPlan]:
+    """`plan_memory` with the draft layer, where it is wanted; the numerics say whether it is.
+
+    draft: "on", "off" or "auto", which is off. Raises OptionsError, too, when it is "on" and there
+    is no such layer.
+    """
+    has_draft = source.has_draft and bool(source.config.mtp_layers)
+    drafting = replace(n, draft=True)
+    if draft == "on":
+        if not has_draft:
+            raise OptionsError(
+                "draft is 'on', but this model has no draft layer (MTP) that can be run; leave "
+                "--draft out"
+            )
+        return drafting, plan_memory(source, drafting, records, **wishes)
+    return n, plan_memory(source, n, records, **wishes)
+
+
 def plan_files(
     files: ModelFiles, context: int | None, memory: str | None
 ) -> tuple[Numerics, MemoryPlan | OptionsError]:
     """The plan of a model that is not loaded, under default options; or why there is none."""
     ops, dtype, launcher = build.choose("auto", "auto")
     rows = row_formats(ops, files.config, dtype, rounded=True, native=True)
-    chunk, source = EngineOptions().prefill_chunk, files.source()
-    numerics = Numerics(ops, dtype, rows, chunk, launcher is not None)
-    records = source.records()
+    options, source = EngineOptions(), files.source()
+    numerics = Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None)
+    wishes = {"context": context, "memory": memory}
     try:
-        return numerics, plan_memory(source, numerics, records, context, memory)
+        return plan_drafting(options.draft, source, numerics, source.records(), **wishes)
     except OptionsError as exc:
         return numerics, exc
 

@@ -9,6 +9,7 @@ from ds4py.experts.options import StreamingOptions
 
 DTYPES = ("auto", "bfloat16", "float32")
 EXPERTS = ("auto", "resident", "streamed")
+DRAFT = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class EngineOptions:
     streams what the memory plan has no room for."""
     streaming: StreamingOptions = field(default_factory=StreamingOptions)
     """How experts are streamed, where they are."""
+    draft: str = "auto"
+    """Whether the model's draft layer (MTP) guesses tokens: "on", "off" or "auto". The tokens
+    are the same."""
     prefill_chunk: int = 512
     """Prompt tokens per step: bounds the memory and the time of one evaluation."""
 
@@ -41,6 +45,7 @@ class EngineOptions:
         _need(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "at least 1")
         _need(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _need(self.experts in EXPERTS, "experts", self.experts, f"one of {', '.join(EXPERTS)}")
+        _need(self.draft in DRAFT, "draft", self.draft, f"one of {', '.join(DRAFT)}")
 
 
 @dataclass(frozen=True)

@@ -78,18 +78,27 @@ class Sampler:
 
     def __call__(self, logits: mx.array, position: int) -> mx.array:
         """float32 logits [V] after `position` tokens -> the next token's id, a lazy scalar."""
-        logits, o, seen = logits[None], self.options, (self._in_prompt, self._counts)
         bias = self._bias if self._constraint is None else self._constrain(self._constraint)
-        key = mx.array(sample.noise_key(self.seed, position)[None])
-        if o.temperature and (o.top_k or o.top_p < 1):
-            scaled, lowest = self._bound(logits, self._settings, self._bounds, *seen, bias)
-            token = self._draw(scaled, self._drawn, key, lowest)
-        else:
-            token = self._draw(logits, self._settings, key, ANY, *seen, bias, o.temperature == 0)
+        token = self._draw_from(logits, position, bias)
         if self._counts is not None:
             self._counts = self._counts.at[0, token].add(1)
         self._last = token.squeeze(0)
         return self._last
+
+    def guess(self, logits: mx.array, position: int) -> mx.array:
+        """What these logits would give there, constraint aside. Nothing is remembered."""
+        return self._draw_from(logits, position, self._bias).squeeze(0)
+
+    def _draw_from(self, logits: mx.array, position: int, bias: mx.array | None) -> mx.array:
+        """[1]"""
+        logits, o, seen = logits[None], self.options, (self._in_prompt, self._counts)
+        key = mx.array(sample.noise_key(self.seed, position)[None])
+        if o.temperature and (o.top_k or o.top_p < 1):
+            scaled, lowest = self._bound(logits, self._settings, self._bounds, *seen, bias)
+            return cast(mx.array, self._draw(scaled, self._drawn, key, lowest))
+        greedy = o.temperature == 0
+        token = self._draw(logits, self._settings, key, ANY, *seen, bias, greedy)
+        return cast(mx.array, token)
 
     def _constrain(self, constraint: Constraint) -> mx.array | None:
         """The bias, with what the constraint forbids at -inf. Waits for the token before this

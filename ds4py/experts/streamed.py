@@ -99,6 +99,7 @@ class StreamedExperts(ExpertSource):
         self._unread: Array | None = None  # streams that need all computed so far
         self._foreseen: Array | None = None
         self._decoding = True
+        self._announced = False  # something of the next step, while the last one is over
 
     def start(self, plans: Sequence[SlotPlan], blocks: Sequence[Block]) -> None:
         """Allocate the slots, find the best number of reads in flight, and learn what the model's
@@ -141,18 +142,23 @@ class StreamedExperts(ExpertSource):
         self._stalled, self._foreseen, self._step = 0.0, None, tokens
         self._now += 1
         self._last, self._decoding = last, tokens.shape[0] <= DECODE_ROWS
+        self.announce(tokens)
+        self._announced = False
+
+    def announce(self, tokens: Array) -> None:
+        """Their hash-routed layers' experts are read from now on."""
         with self._recovering():
-            for section in self.sections:
-                section.withdraw()
+            if not self._announced:
+                for section in self.sections:
+                    section.withdraw()
+            self._announced = True
             if self.options.prefetch != "off":
                 if self.ops.lazy:
                     mx.eval(tokens)  # the experts of hash-routed layers are rows of a table
                 self._tokens = np.asarray(tokens)
-                self.announce(self._tokens)
+                self._read_hashed(self._tokens)
 
-    def announce(self, tokens: Ids) -> None:
-        """Token ids [S] that are about to be computed, or drafted: read their hash-routed layers'
-        experts now."""
+    def _read_hashed(self, tokens: Ids) -> None:
         if len(tokens) <= DECODE_ROWS:
             for layer, table in self._tables.items():
                 experts = np.unique(table[tokens]).tolist()

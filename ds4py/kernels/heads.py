@@ -21,6 +21,7 @@ class LayerShape:
     """One layer's widths, as the attention kernels' templates take them."""
 
     n_heads: int
+    """0: rows are wanted without queries."""
     head_dim: int
     rope: int
     latent: int
@@ -75,7 +76,7 @@ class LayerShape:
 class Prepared:
     """What `prepare` makes for S new tokens; None where the layer has no such part."""
 
-    q: Array
+    q: Array | None
     """[S, heads, hd], normed and rotated."""
     row: Array
     """[S, row_width], as stored."""
@@ -92,7 +93,7 @@ def prepare(
     launcher: Launcher,
     shape: LayerShape,
     projected: Array,
-    queries: Array,
+    queries: Array | None,
     table: Array,
     kv_norm: Array,
     ape: Array | None,
@@ -102,13 +103,15 @@ def prepare(
     dtype: Dtype,
 ) -> Prepared:
     """projected float32 [S, n_projected] and queries float32 [S, n_queries] -> `Prepared`.
+    queries: None where there are no heads.
 
     table: `rope.table` of the tokens' positions. kv_norm [hd], ape [r, values], index_ape
     [r, index_values], float32. step int32: [the first position, ...]. constants float32:
     [the norms' epsilon, (index_dim * index_heads)^-0.5].
     """
     n = projected.shape[0]
-    assert projected.shape == (n, shape.n_projected) and queries.shape == (n, shape.n_queries)
+    assert projected.shape == (n, shape.n_projected) and (queries is None) == (not shape.n_queries)
+    assert queries is None or queries.shape == (n, shape.n_queries)
     assert table.shape == (n, shape.rope // 2, 2)
     assert shape.latent % 2 == shape.index_heads % 2 == 0, "columns are read in pairs"
     n_values = shape.values + shape.index_values
@@ -126,7 +129,7 @@ def prepare(
         ("INDEX_HEADS", shape.index_heads),
     )
     outputs = [
-        ((n, shape.n_heads, shape.head_dim), dtype),
+        ((n, shape.n_heads, shape.head_dim) if shape.n_heads else (1,), dtype),
         ((n, shape.row_width), shape.row_dtype(dtype)),
         ((n, shape.values) if shape.values else (1,), mx.float32),
         ((n, shape.index_values) if shape.index_values else (1,), mx.float32),
@@ -138,22 +141,21 @@ def prepare(
     ]
     unused = projected  # any array the kernel may be bound to
     inputs = (
-        *(projected, queries, table, kv_norm),
+        *(projected, unused if queries is None else queries, table, kv_norm),
         *(unused if bias is None else bias for bias in (ape, index_ape)),
         *(step, constants),
     )
     made = launcher.launch(
         "heads_prepare", inputs, template, (32 * jobs, n, 1), (256, 1, 1), outputs
     )
-    made[2:] = [x if x.ndim > 1 else None for x in made[2:]]
-    return Prepared(*made)
+    return Prepared(*(x if x.ndim > 1 else None for x in made))
 
 
 def prepare_ref(
     ops: Ops,
     shape: LayerShape,
     projected: Array,
-    queries: Array,
+    queries: Array | None,
     table: Array,
     kv_norm: Array,
     ape: Array | None,
@@ -167,8 +169,10 @@ def prepare_ref(
     """What `prepare` computes; pack: rows as computed -> as stored, of attention and indexer."""
     s, n = shape, projected.shape[0]
     turn = unfold(ops, table, s.head_dim)
-    q = queries[:, : s.n_heads * s.head_dim].astype(dtype).reshape(n, s.n_heads, s.head_dim)
-    q = rotate(ops, rms_norm(ops, q, None, eps), turn)
+    q = None
+    if queries is not None:
+        q = queries[:, : s.n_heads * s.head_dim].astype(dtype).reshape(n, s.n_heads, s.head_dim)
+        q = rotate(ops, rms_norm(ops, q, None, eps), turn)
     at = s.latent + s.head_dim
     row = rms_norm(ops, projected[:, s.latent : at].astype(dtype), kv_norm, eps)
     row = pack(rotate(ops, row, turn))
@@ -178,7 +182,7 @@ def prepare_ref(
         assert ape is not None
         values = projected[:, at : at + s.values] + ape[phase]
     if s.index_heads:
-        assert index_ape is not None
+        assert index_ape is not None and queries is not None
         at += s.values
         index_values = projected[:, at : at + s.index_values] + index_ape[phase]
         index_query = queries[:, s.n_heads * s.head_dim :].astype(dtype)

@@ -118,6 +118,11 @@ class Fused(Protocol):
         """The draft layer's input: streams [S, H, D] of a position and the token after it [S]."""
         ...
 
+    def rows(self, x: Array, layer: Attention, plans: StepPlans) -> list[LayerDelta]:
+        """Window rows of a layer without compressor, of x [S, D] as in `project`, without what
+        attends to them."""
+        ...
+
     def head(
         self, streams: Streams, reader: HyperWeights, norm: Array, weight: LinearMaps
     ) -> mx.array:

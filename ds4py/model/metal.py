@@ -377,6 +377,23 @@ class Metal(Reference):
 
         return Streams(*self._replay(("draft", id(layer)), streams, (streams, tokens), run))
 
+    def rows(self, x: Array, layer: Attention, plans: StepPlans) -> list[LayerDelta]:
+        shape = replace(self.shapes[layer.layer.ratio], n_heads=0)
+
+        def run(x: Array, *tables: Array) -> Sequence[Array]:
+            on, known = self.launcher, (None, None, integers(0), self.constants)
+            projected = self._dense(x, layer.w_in)
+            return [
+                heads.prepare(
+                    on, shape, projected[at], None, table, layer.kv_norm, *known, self.dtype
+                ).row
+                for at, table in zip(plans.rows, tables, strict=True)
+            ]
+
+        tables = [plan.table(layer.layer) for plan in plans.each]
+        made = self._replay(("rows", id(layer), *plans.counts), x, (x, *tables), run)
+        return [LayerDelta(row) for row in made]
+
     def _sum(
         self, terms: Array, streams: Array, gates: Array, reader: HyperWeights
     ) -> tuple[Array, Array]:

@@ -53,6 +53,10 @@ class ExpertSource(ABC):
         if self.trace is not None:
             self.trace.step(tokens.shape[0], last)
 
+    def announce(self, tokens: Array) -> None:
+        """Token ids [S] that are about to be computed."""
+        return
+
     def foresee(self, layer: int, streams: Array) -> None:
         """The streams [S, H, D] that enter `layer`'s feed-forward: a hint for the next layer."""
         return

@@ -1,7 +1,11 @@
 """The draft layer (MTP): from a position's streams and the next token, logits two tokens ahead.
 
 Position p combines the main model's streams X_p (before the head) with token p+1 and predicts
-token p+2. It has a window of its own and shares embedding and output head with the main model.
+token p+2. The layer shares embedding and output head with the main model and has a window of its
+own, which lies behind the main layers' in the same state, one position behind them: what a session
+keeps, drops or goes back to, it does with both at once. A window row depends on its pair (X_p,
+token p+1) alone, so the main model's step makes the rows, without attention and experts; only a
+draft needs those.
 """
 
 from __future__ import annotations
@@ -10,8 +14,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ds4py.cache.rows import RowFormats
-from ds4py.cache.state import Delta, SequenceState
+from ds4py.cache.state import LayerDelta, SequenceState
 from ds4py.config import LayerPlan, ModelConfig
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, LinearMaps, Ops
@@ -27,7 +30,6 @@ class DraftLayer:
     config: ModelConfig
     layer: LayerPlan
     fused: Fused
-    rows: RowFormats
     freqs: Frequencies
     embed: Array
     e_proj: LinearMaps
@@ -43,20 +45,31 @@ class DraftLayer:
     def ops(self) -> Ops:
         return self.fused.ops
 
-    def new_state(self) -> SequenceState:
-        """The empty draft sequence; its position p holds the pair (X_p, token p+1)."""
-        return SequenceState(self.config, (self.layer,), self.rows, self.fused.stack)
+    def rows(self, streams: Array, tokens: Array, plans: StepPlans) -> list[LayerDelta]:
+        """What a step over tokens [S] that left streams [S, H, D] adds to each sequence's window.
 
-    def step(
-        self, streams: Array, next_tokens: Array, state: SequenceState
-    ) -> tuple[mx.array, Delta]:
-        """streams [S, H, D] of positions p.., next_tokens [S] at p+1.. -> float32 logits for
-        p+2.. [S, V] and the delta, whose streams feed a further draft step."""
-        n_tokens = next_tokens.shape[0]
-        plan = StepPlan(self.ops, self.config, self.freqs, state, n_tokens)
+        Its first pair has the streams of the token before, which the state keeps. Before the first
+        token there are none: the row for position -1 is seen by nobody.
+        """
+        pairs = [
+            part
+            for plan, at in zip(plans.each, plans.rows, strict=True)
+            for part in (plan.state.frontier.streams, streams[at.start : at.stop - 1])
+        ]
+        behind = [self._plan(plan.state, plan.n_tokens, plan.start - 1) for plan in plans.each]
+        z = self.fused.draft(self, self.ops.concatenate(pairs), tokens)
+        x, _ = self.fused.enter(z, self.block.hc_attn, self.block.attn_norm)
+        return self.fused.rows(x, self.block.attn, StepPlans(behind))
+
+    def logits(self, streams: Array, next_tokens: Array, state: SequenceState) -> mx.array:
+        """Pairs of the positions after those in the state's window: streams [S, H, D] of p.. and
+        next_tokens [S] at p+1.. -> float32 logits for p+2.. [S, V]."""
         tokens = self.ops.array(next_tokens)
+        plan = self._plan(state, tokens.shape[0], max(state.position - 1, 0))
         z = self.fused.draft(self, streams, tokens)
-        z, deltas = self.block(z, tokens, StepPlans([plan]), self.hc_head)
+        z, _ = self.block(z, tokens, StepPlans([plan]), self.hc_head)
         self.block.ffn.experts.end(z.values)
-        logits = self.fused.head(z, self.hc_head, self.norm, self.head)
-        return logits, Delta(n_tokens, deltas, z.values)
+        return self.fused.head(z, self.hc_head, self.norm, self.head)
+
+    def _plan(self, state: SequenceState, n_tokens: int, start: int) -> StepPlan:
+        return StepPlan(self.ops, self.config, self.freqs, state, n_tokens, start)

@@ -28,7 +28,7 @@ class Frequencies:
 
 
 class StepPlan:
-    """The host-side facts of one step of S tokens at `state.position`."""
+    """The host-side facts of one step of S tokens."""
 
     def __init__(
         self,
@@ -37,9 +37,11 @@ class StepPlan:
         freqs: Frequencies,
         state: SequenceState,
         n_tokens: int,
+        start: int | None = None,
     ):
+        """start: None = the state's position; a draft layer is one behind."""
         self.ops, self.config, self.freqs, self.state = ops, config, freqs, state
-        self.n_tokens, self.start = n_tokens, state.position
+        self.n_tokens, self.start = n_tokens, state.position if start is None else start
         self.positions = np.arange(self.start, self.start + n_tokens)
         self.closing = {s.name: Closing(self, s) for s in state.series}
         self.views: dict[int, Any] = {}

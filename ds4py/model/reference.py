@@ -80,15 +80,12 @@ class Reference:
     ) -> tuple[_Heads, list[LayerDelta]]:
         """The queries, and what each sequence gets."""
         c, ops, eps = self.config, self.ops, self.config.rms_norm_eps
-        turn = plans.turn(layer.layer, c.head_dim)
         _, row, *inputs = projected
         query, *index_query = queries
         q = query.reshape(-1, c.num_attention_heads, c.head_dim)
+        turn = plans.turn(layer.layer, c.head_dim)
         q = rotate(ops, rms_norm(ops, q, None, eps), turn)  # [S, heads, head_dim]
-        row = rotate(ops, rms_norm(ops, row, layer.kv_norm, eps), turn)  # [S, head_dim]
-        window = layer.rows.pack(row)
-        read = layer.rows.unpack(window)
-        deltas = [LayerDelta(window[at], read[at]) for at in plans.rows]
+        deltas = self._window_rows(row, layer, plans)
         compressors = [c for c in (layer.compressor, layer.indexer) if c is not None]
         for compressor, raw in zip(compressors, inputs, strict=False):
             phase = ops.array(plans.positions % compressor.series.ratio)
@@ -97,6 +94,14 @@ class Reference:
                 delta.values[compressor.series.name] = values[at]
             self._complete(compressor, deltas, layer.slot, plans, q.dtype)
         return _Heads(q, (*index_query, *inputs[2:])), deltas
+
+    def _window_rows(self, row: Array, layer: Attention, plans: StepPlans) -> list[LayerDelta]:
+        """row [S, head_dim] as projected, of all sequences."""
+        row = rms_norm(self.ops, row, layer.kv_norm, self.config.rms_norm_eps)
+        row = rotate(self.ops, row, plans.turn(layer.layer, self.config.head_dim))
+        window = layer.rows.pack(row)
+        read = layer.rows.unpack(window)
+        return [LayerDelta(window[at], read[at]) for at in plans.rows]
 
     def _complete(
         self,
@@ -292,6 +297,10 @@ class Reference:
         e = ops.project(rms_norm(ops, layer.embed[tokens], layer.enorm, eps), layer.e_proj)[0]
         h = ops.project(rms_norm(ops, streams, layer.hnorm, eps), layer.h_proj)[0]
         return Streams(e[:, None] + h)
+
+    def rows(self, x: Array, layer: Attention, plans: StepPlans) -> list[LayerDelta]:
+        _, row = self.ops.project(x, layer.w_in)
+        return self._window_rows(row, layer, plans)
 
     def head(
         self, streams: Streams, reader: HyperWeights, norm: Array, weight: LinearMaps

@@ -19,6 +19,7 @@ from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
 from ds4py.model.block import Block
 from ds4py.model.fused import Fused, Streams
 from ds4py.model.moe import ExpertSource
+from ds4py.model.mtp import DraftLayer
 from ds4py.model.plan import Frequencies, StepPlan, StepPlans
 
 
@@ -38,6 +39,8 @@ class Transformer:
     norm: Array
     head: LinearMaps
     experts: ExpertSource
+    draft: DraftLayer | None = None
+    """Whose window runs along in every state; None: nobody drafts."""
 
     @property
     def ops(self) -> Ops:
@@ -45,7 +48,9 @@ class Transformer:
 
     def new_state(self) -> SequenceState:
         """The empty sequence."""
-        return SequenceState(self.config, self.config.layers, self.rows, self.fused.stack)
+        drafts = () if self.draft is None else (self.draft.layer,)
+        plans = (*self.config.layers, *drafts)
+        return SequenceState(self.config, plans, self.rows, self.fused.stack)
 
     def step(
         self, tokens: Array, state: SequenceState, n_logits: int | None = None
@@ -79,10 +84,15 @@ class Transformer:
         for block, reader in zip(self.blocks, readers[1:], strict=True):
             streams, deltas = block(streams, tokens, plans, reader)
             added.append(deltas)
+        if self.draft is not None:
+            added.append(self.draft.rows(streams.values, tokens, plans))
         self.experts.end(streams.values)
         logits = self._logits(streams, n_tokens if n_logits is None else n_logits)
         made = zip(sequences, zip(*added, strict=True), plans.rows, strict=True)
-        return logits, [Delta(n, list(layers), streams.values[at]) for (_, n), layers, at in made]
+        return logits, [
+            Delta(state.position, n, list(layers), streams.values[at])
+            for (state, n), layers, at in made
+        ]
 
     def logits(self, streams: Array) -> mx.array:
         """Float32 logits [n, V] of streams [n, H, D] that a step left: those it gave, or would

@@ -79,8 +79,11 @@ class _Collector:
             answers.add_metric([reason], float(n))
         yield answers
         engine = CounterMetricFamily("ds4_engine", "The engine's own counters.", labels=["name"])
-        experts = worker.engine_stats.get("experts") or {}
-        named = {f"experts_{name}": value for name, value in experts.items()}
+        named = {
+            f"{part}_{name}": value
+            for part in ("experts", "draft")
+            for name, value in (worker.engine_stats.get(part) or {}).items()
+        }
         for name, value in {**worker.engine_stats, **named}.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 engine.add_metric([name], float(value))

@@ -95,7 +95,6 @@ class Loader:
             config=self.config,
             layer=plan,
             fused=self.fused,
-            rows=self.rows,
             freqs=self.freqs,
             embed=model.embed,
             head=model.head,
@@ -103,7 +102,7 @@ class Loader:
             h_proj=self._linear(f"{prefix}.h_proj"),
             enorm=self._vector(f"{prefix}.enorm.weight"),
             hnorm=self._vector(f"{prefix}.hnorm.weight"),
-            block=self._block(prefix, plan, 0, ()),
+            block=self._block(prefix, plan, len(self.config.layers), ()),
             hc_head=self._hyper(f"{prefix}.hc_head"),
             norm=self._vector(f"{prefix}.norm.weight"),
         )

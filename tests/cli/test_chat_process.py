@@ -77,7 +77,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 120.0) -> str:
+    def wait_for(self, pattern: str, seconds: float = 60.0) -> str:
         """Wait until new output matches; what came up to the end of the match."""
         while not (match := re.search(pattern, self.shown)):
             assert self._read(seconds), f"{pattern!r} did not appear in {self.shown!r}"
@@ -86,9 +86,9 @@ class Terminal:
 
     def end(self) -> tuple[int, str]:
         """Exit code, and what was shown until the end."""
-        while self._read(120.0):
+        while self._read(60.0):
             pass
-        return self.process.wait(timeout=120), self.shown
+        return self.process.wait(timeout=60), self.shown
 
     def _read(self, seconds: float) -> bool:
         ready, _, _ = select.select([self.master], [], [], seconds)
@@ -203,4 +203,4 @@ def test_a_terminal_that_goes_away_ends_the_chat(terminal: Open) -> None:
     screen = terminal("--no-think")
     screen.wait_for(READY)
     screen.process.send_signal(signal.SIGHUP)
-    assert screen.process.wait(timeout=120) in (-signal.SIGHUP, 0, 130)
+    assert screen.process.wait(timeout=60) in (-signal.SIGHUP, 0, 130)

@@ -45,7 +45,7 @@ class Engine:
         return self.scripted([["again"]])
 
     def stats(self) -> dict[str, Any]:
-        return {"experts": {}, "kernels": {}}
+        return {"draft": {}, "experts": {}, "kernels": {}}
 
     def restore(self, path: Path) -> Any:
         if (text := path.read_text(encoding="utf-8")) != "snapshot":

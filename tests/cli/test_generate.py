@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,16 @@ def test_kernels_can_be_chosen(ds4: Any) -> None:
     if sys.platform != "darwin":
         done = ds4("generate", PROMPT, "--kernels", "metal")
         assert done.returncode == 2 and "no Metal device" in done.stderr
+
+
+def test_drafting_gives_the_same_text(ds4: Any) -> None:
+    plain, drafting = (
+        ds4("generate", PROMPT, *GREEDY, "20", "--stats", option)
+        for option in ("--no-draft", "--draft")
+    )
+    assert drafting.stdout == plain.stdout
+    assert re.search(r"^ds4: [1-9]\d* tokens drafted, \d+ accepted", drafting.stderr, re.MULTILINE)
+    assert "drafted" not in plain.stderr
 
 
 def test_mlx_is_told_when_to_hand_over_work() -> None:

@@ -63,6 +63,13 @@ def test_hash_layers_are_known_from_the_token(bundle: Path) -> None:
     counts = source(engine).sections[0].residency.counts
     assert all(counts[layer].misses == 0 for layer in range(3))
     assert sum(counts[layer].prefetched for layer in range(3)) > 0
-    drafted = streamed(bundle, 40)
-    source(drafted).announce(np.array(prompt(1)))
-    assert source(drafted).sections[0].reads.records > 0
+    told = streamed(bundle, 40)
+    source(told).announce(np.array(prompt(1)))
+    reads = source(told).sections[0].reads
+    assert reads.records > 0
+    told.score(prompt(1))
+    assert reads.wasted == 0 and reads.useful + reads.late > 0
+    told.score(prompt(1, seed=1))  # tells its own token when it begins
+    source(told).announce(np.array(prompt(1, seed=2)))
+    told.score(prompt(1, seed=3))
+    assert reads.wasted > 0

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ds4py import SamplingOptions
+from ds4py import Engine, EngineOptions, SamplingOptions
 from ds4py.errors import OptionsError
+from ds4py.experts.options import StreamingOptions
 from tests.experts import models
 from tests.experts.models import LEAST, prompt, resident, streamed
 
@@ -57,6 +58,21 @@ def test_drafts(bundle: Path) -> None:
     np.testing.assert_array_equal(
         streamed(bundle).score_mtp(IDS[:20]), resident(bundle).score_mtp(IDS[:20])
     )
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.2])
+def test_decoding_with_guesses(bundle: Path, swap: float) -> None:
+    """They read experts, and change no token: none is made where a swap would depend on them."""
+    sampling, made = SamplingOptions(seed=2, max_tokens=24, stop_at_eos=False), []
+    for draft in ("off", "on"):
+        streaming = StreamingOptions(slots=LEAST, readers=2, swap=swap)
+        options = EngineOptions(draft=draft, experts="streamed", streaming=streaming)
+        engine = Engine.open(bundle, options)
+        session = engine.session()
+        session.sync(IDS[:20])
+        made.append([token.id for token in session.generate(sampling)])
+    assert made[0] == made[1]
+    assert (engine.stats()["draft"]["drafted"] > 0) == (swap == 0)
 
 
 def test_mlx_too(bundle: Path) -> None:

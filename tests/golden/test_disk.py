@@ -7,13 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
 from ds4py import Engine, EngineOptions, SamplingOptions, Session
-from ds4py.cache import snapshot
-from ds4py.cache.state import SequenceState
 from ds4py.cache.store import Store
 from ds4py.engine.disk import DiskSessions
 from ds4py.engine.scheduler import Scheduler
@@ -216,31 +213,6 @@ def test_bytes_of_growth(engine: Engine, ids: list[int], kept: Kept) -> None:
     )
     frontier = session._state.frontier.n_bytes
     assert size() - before < 200 * per_token * 1.25 + 65536 + frontier
-
-
-def test_the_draft_layers_window_travels_along(
-    engine: Engine, ids: list[int], tmp_path: Path
-) -> None:
-    """A draft state captured with a session continues bit for bit."""
-    draft = engine.draft
-    _, streams = engine._run(ids[:100], None)
-
-    def step(state: SequenceState, start: int, end: int) -> np.ndarray:
-        following = mx.array(ids[start + 1 : end + 1])
-        out, delta = draft.step(draft.ops.array(streams[start:end]), following, state)
-        state.commit(delta, end - start)
-        return np.array(out)
-
-    state, session = draft.new_state(), engine.session()
-    session.sync(ids[:71])
-    step(state, 0, 70)
-    image = session.image()
-    image.extra["draft"] = snapshot.capture_frontier(state, state.frontier)
-    snapshot.save(tmp_path / "s", image, engine.identity)
-    read = snapshot.load(tmp_path / "s", engine.identity)
-    restored = draft.new_state()
-    restored.restore(snapshot.frontier_of(restored, 70, read.extra["draft"]))
-    np.testing.assert_array_equal(step(restored, 70, 99), step(state, 70, 99))
 
 
 def test_the_seed_of_an_answer_is_kept(engine: Engine, ids: list[int], tmp_path: Path) -> None:

@@ -40,15 +40,16 @@ class Size:
 
 TINY, ODD, FLASH = Size(4, 128, 128, 4), Size(6, 128, 8, 16), Size(64, 512, 1024, 64)
 KINDS = {"sliding": (0, 1), "pooled": (16, 1), "indexed": (4, 2)}
+ALONE = "rows alone"
 
 
 def layer(size: Size, kind: str, native: bool = True) -> heads.LayerShape:
-    ratio, overlap = KINDS[kind]
+    ratio, overlap = KINDS.get(kind, (0, 1))
     n_index = size.index_heads if kind == "indexed" else 0
     attention = stored.RowLayout(size.head_dim - 64, 8, 64, 64)
     index = stored.RowLayout(128, 4, 32, 0)
     return heads.LayerShape(
-        size.n_heads,
+        0 if kind == ALONE else size.n_heads,
         size.head_dim,
         64,
         size.latent,
@@ -68,7 +69,7 @@ class Step:
     def __init__(self, shape: heads.LayerShape, n: int, start: int, dtype: Any, place: int = 1):
         self.shape, self.n, self.start, self.dtype = shape, n, start, dtype
         self.projected = normal(n, n, shape.n_projected)
-        self.queries = normal(n + 1, n, shape.n_queries) * 3
+        self.queries = normal(n + 1, n, shape.n_queries) * 3 if shape.n_queries else None
         self.table = rope.table(OPS, np.arange(start, start + n), FREQS)
         self.norms = normal(2, shape.head_dim), normal(3, max(shape.index_dim, 64))
         self.apes = [
@@ -115,8 +116,9 @@ class Step:
         )
 
     def prepare_ref(self, factor: float = 1.0) -> heads.Prepared:
+        queries = None if self.queries is None else self.queries * factor
         return heads.prepare_ref(
-            *(OPS, self.shape, self.projected, self.queries * factor, self.table, self.norms[0]),
+            *(OPS, self.shape, self.projected, queries, self.table, self.norms[0]),
             *(*self.apes, self.start, EPS, self.dtype, self.pack(0, factor), self.pack(1)),
         )
 
@@ -194,6 +196,8 @@ CASES = [
     (TINY, "pooled", 1, 15),
     (TINY, "pooled", 33, 0),
     (TINY, "sliding", 1, 0),
+    (TINY, ALONE, 1, 30),
+    (ODD, ALONE, 9, -1),
     (ODD, "indexed", 9, 2),
     (ODD, "pooled", 40, 8),
 ]

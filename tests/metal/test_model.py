@@ -15,10 +15,12 @@ import pytest
 
 from ds4py import Engine, EngineOptions, SamplingOptions, assets
 from ds4py.cli.experts import counters
+from ds4py.engine.decode import Decoder
 from ds4py.kernels.build import Launcher
 from ds4py.model.metal import EXPERTS
 from tests.experts import models
 from tests.golden import sets
+from tests.golden.guesses import Eager
 
 pytest.importorskip("ziglang")
 from tools.metal_cpu import metal_kernel
@@ -90,6 +92,27 @@ def test_the_two_bit_model_writes_the_same_tokens(sampling: SamplingOptions) -> 
     assert set(launcher.counters) >= {"moe_gate_up", "moe_down", "attend_split", "sample_token"}
 
 
+def test_guesses_change_no_token() -> None:
+    """A step over two tokens on shaders, of which the draft layer guessed one."""
+    options = EngineOptions(draft="on", prefill_chunk=8)
+    plain, metal = engines(TWO_BIT, options)
+    plain.decoder, metal.decoder = Decoder(plain.model), Decoder(metal.model, Eager(metal))
+    ids = some_tokens(10)
+    check(metal.score_mtp(ids), plain.score_mtp(ids))  # the second chunk sees rows of the first
+    sampling = SamplingOptions(max_tokens=6, temperature=0, stop_at_eos=False)
+    written, logits = [], []
+    for engine in (plain, metal):
+        session = engine.session()
+        session.sync(ids)
+        written.append([token.id for token in session.generate(sampling)])
+        logits.append(np.array([session.logits()]))
+    assert written[1] == written[0]
+    check(logits[1], logits[0])
+    found = metal.stats()["draft"]
+    assert found["accepted"] >= 1 and found["drafted"] + found["accepted"] >= 5
+    assert metal.stats()["kernels"]["plain"] == {}
+
+
 def test_what_kernels_do_not_compute_is_counted() -> None:
     _, metal = engines(TWO_BIT)
     session, seen = metal.session(), []
@@ -101,7 +124,7 @@ def test_what_kernels_do_not_compute_is_counted() -> None:
     assert len(seen) == layers and metal.stats()["kernels"]["plain"] == {EXPERTS: layers}
     said = counters(metal.stats())
     assert f"; {EXPERTS}: by MLX's own operations, {layers} times" in said
-    assert counters({"experts": {}, "kernels": {}}) == ""
+    assert counters({"draft": {}, "experts": {}, "kernels": {}}) == ""
 
 
 @pytest.mark.long

@@ -161,3 +161,14 @@ def test_logprobs_are_those_of_the_softmax() -> None:
     assert own == pytest.approx(expected[2], abs=1e-6)
     assert [token for token, _ in top] == [11, 10, 9]
     assert [value for _, value in top] == pytest.approx(list(expected[[11, 10, 9]]), abs=1e-6)
+
+
+def test_a_guess_is_what_would_be_drawn_and_is_not_remembered() -> None:
+    options = SamplingOptions(seed=3, temperature=0.8, frequency_penalty=3, presence_penalty=2)
+    plain, guessing = (Sampler(options, [1], V) for _ in range(2))
+    for position in range(12):
+        wrong = mx.random.normal((V,), key=mx.random.key(position))
+        guessing.guess(wrong, position + 1)
+        guess = guessing.guess(mx.zeros(V), position)
+        assert int(guess) == int(guessing(mx.zeros(V), position))
+        assert int(guess) == int(plain(mx.zeros(V), position))

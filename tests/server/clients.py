@@ -7,9 +7,6 @@ import anthropic
 import httpx2
 import openai
 
-HANGS_S = 120
-"""Nothing a test waits for takes longer, on a busy machine either; what does, hangs."""
-
 
 class Clients(contextlib.ExitStack):
     """Made once each; `url` is where the server listens."""
@@ -17,7 +14,7 @@ class Clients(contextlib.ExitStack):
     url: str
 
     def http(self) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=HANGS_S)
+        return httpx2.Client(base_url=self.url, timeout=120)
 
     def openai(self, **options: Any) -> openai.OpenAI:
         base = f"{self.url}/v1"

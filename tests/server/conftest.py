@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.process import Served, serving
+from tests.server.process import Served, start, stop
 
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("serve")) as running:
+    running = start(tmp_path_factory.mktemp("serve"))
+    try:
         yield running
+    finally:
+        assert stop(running) == 0

@@ -27,7 +27,7 @@ from ds4py.text import tokenizer as tokenizers
 from ds4py.text.detokenizer import Detokenizer
 from ds4py.text.messages import BOS, CONTROL_TOKENS, EOS, Segment
 from ds4py.text.spelling import common_prefix
-from tests.server.clients import HANGS_S, Clients
+from tests.server.clients import Clients
 
 BOS_SEGMENT = Segment(BOS, control=True)
 _CONTROL = re.compile("(" + "|".join(map(re.escape, CONTROL_TOKENS)) + ")")
@@ -206,13 +206,13 @@ class Running(Clients):
 
     def __enter__(self) -> Running:
         self._thread.start()
-        assert self._ready.wait(HANGS_S)
+        assert self._ready.wait(60)
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._stop()
-        self._thread.join(HANGS_S)
+        self._thread.join(30)
         assert not self._thread.is_alive()
 
     def post(self, path: str, body: Any) -> socket.socket:
@@ -225,7 +225,7 @@ class Running(Clients):
     def connect(self) -> socket.socket:
         """A bare connection."""
         connection = socket.create_connection(self.address)
-        connection.settimeout(HANGS_S)
+        connection.settimeout(30)
         return connection
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.process import ROOT, Served, serving
+from tests.server.process import ROOT, Served, start, stop
 from tests.server.test_node import agent, ask, environment, opencode
 
 pytestmark = pytest.mark.long
@@ -35,8 +35,11 @@ export default function (pi) {
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("serve"), "--context", "65536") as running:
+    running = start(tmp_path_factory.mktemp("serve"), "--context", "65536")
+    try:
         yield running
+    finally:
+        assert stop(running) == 0
 
 
 class Tool:

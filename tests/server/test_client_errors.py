@@ -10,9 +10,7 @@ import openai
 import pytest
 
 from ds4py.server.app import Rules
-from tests.server.clients import HANGS_S
 from tests.server.scripted import Running, Script, ScriptedEngine
-from tests.server.test_streams import eventually
 
 HI: Any = [{"role": "user", "content": "hi"}]
 
@@ -33,15 +31,16 @@ def full() -> Iterator[Running]:
 
     def held(position: int) -> None:
         reached.set()
-        assert opened.wait(HANGS_S)
+        assert opened.wait(60)
 
     script = Script(["x"], before_token=held)
     with Running(ScriptedEngine(script), slots=1, queue=1) as server:
         body = {"messages": HI, "thinking": {"type": "disabled"}, "stream": True}
         taken = [server.post("/v1/chat/completions", body)]
-        assert reached.wait(HANGS_S)
+        assert reached.wait(60)
         taken.append(server.post("/v1/chat/completions", body))
-        eventually(lambda: server.worker.n_waiting > 0)
+        while not server.worker.n_waiting:
+            reached.wait(0.01)
         try:
             yield server
         finally:

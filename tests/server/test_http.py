@@ -16,7 +16,7 @@ import pytest
 from ds4py.errors import InputError
 from ds4py.server import listen
 from ds4py.server.app import Rules
-from tests.server.process import serving
+from tests.server.process import start, wait
 from tests.server.scripted import Running, Script, ScriptedEngine
 
 CHAT = "/v1/chat/completions"
@@ -264,7 +264,7 @@ def test_what_cannot_be_served_is_told_in_one_line(options: list[str], said: str
             [sys.executable, "-m", "ds4py", "serve", *port, *given],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=60,
             check=False,
         )
     assert done.returncode == 2
@@ -276,33 +276,35 @@ def test_what_cannot_be_served_is_told_in_one_line(options: list[str], said: str
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
 )
 def test_a_signal_ends_streams_properly(tmp_path: Path, number: signal.Signals) -> None:
+    served = start(tmp_path, "--grace", "0.2")
     body = {
         "messages": [{"role": "user", "content": "Tell me a story."}],
         "stream": True,
         "ignore_eos": True,
     }
-    with serving(tmp_path, "--grace", "0.2") as served:
-        with served.http() as http, http.stream("POST", CHAT, json=body) as response:
-            lines = response.iter_lines()
-            assert next(lines).startswith("data: ")
-            served.process.send_signal(number)
-            rest = list(lines)
-        assert served.wait() == 0
+    with served.http() as http, http.stream("POST", CHAT, json=body) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        served.process.send_signal(number)
+        rest = list(lines)
     assert rest[-2] == "data: [DONE]"
     last = json.loads([line for line in rest if line.startswith("data: {")][-1][6:])
     assert "shutting down" in last["error"]["message"]
+    assert wait(served) == 0
     assert not Path(served.uds).exists()
 
 
 def test_texts_are_written_to_the_trace_and_nowhere_else(tmp_path: Path) -> None:
     secret, trace, place = "Tom hid 472 shells.", tmp_path / "trace", tmp_path / "place"
     place.mkdir()
+    served = start(place, "--kv-dir", "none", "--trace", str(trace))
     body = {**HELLO, "messages": [{"role": "user", "content": secret}]}
-    running = serving(place, "--kv-dir", "none", "--trace", str(trace))
-    with running as served, served.http() as http:
+    with served.http() as http:
         assert http.post(CHAT, json=body).is_success
         assert http.post(CHAT, json={**body, "nonsense": secret}).status_code == 400
-    assert secret not in "".join(served.said) and list(place.iterdir()) == []
+    served.process.terminate()
+    _, said = served.process.communicate(timeout=60)
+    assert secret not in said and list(place.iterdir()) == []
     (line,) = trace.read_text(encoding="utf-8").splitlines()
     found = json.loads(line)
     assert secret in found["prompt"] and found["completion_tokens"] == 2

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from tests.server.clients import HANGS_S
 from tests.server.process import Served
 
 pytestmark = pytest.mark.long
@@ -56,7 +55,7 @@ def scripted(directory: Path, answers: list[str]) -> Iterator[str]:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
     finally:
         process.terminate()
-        process.communicate(timeout=HANGS_S)
+        process.communicate(timeout=30)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -70,10 +69,9 @@ def node_folder(tmp_path: Path, packages: list[str]) -> Path:
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("there is no node")
     install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(tmp_path), *packages]
-    try:
-        subprocess.run(install, capture_output=True, text=True, timeout=300, check=True)
-    except subprocess.SubprocessError as error:  # also a registry that does not answer
-        pytest.skip(f"npm cannot install the clients: {str(error.stderr)[-200:]}")
+    done = subprocess.run(install, capture_output=True, text=True, timeout=200, check=False)
+    if done.returncode:
+        pytest.skip(f"npm cannot install the clients: {done.stderr[-200:]}")
     return tmp_path
 
 
@@ -88,7 +86,7 @@ def run_in(folder: Path, name: str, url: str) -> str:
     program = folder / name  # a module is resolved from where the program lies
     program.write_text((HERE / name).read_text(encoding="utf-8"), encoding="utf-8")
     command = ["node", str(program), url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * HANGS_S, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.stdout + done.stderr
 
 
@@ -128,7 +126,7 @@ def ask(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=5 * HANGS_S,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

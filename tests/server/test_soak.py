@@ -13,7 +13,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "serve_load.py"
 @pytest.mark.long
 def test_clients_that_come_and_go() -> None:
     command = [sys.executable, str(TOOL), "soak", "--seconds", "25", "--clients", "16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["answered"] > 10 and report["left"] > 0 and report["wrong"] == 0

@@ -83,16 +83,12 @@ def test_between_two_slices_of_a_prompt_answers_go_on(worker: Worker, engine: En
             order.append("read" if isinstance(events[0], Reading) else "write")
             super().take(events)
 
-    late = Noted(engine, "A long prompt. " * 120, 1)
-
-    class First(Noted):
-        def take(self, events: list[Any]) -> None:
-            super().take(events)
-            if order[-1] == "write" and order.count("write") == 1:
-                worker.submit([late])
-
-    first = First(engine, QUESTIONS[0], 400, ends=False)
+    first = Noted(engine, QUESTIONS[0], 400, ends=False)
     worker.submit([first])
+    while "write" not in order:
+        first.over.wait(0.001)
+    late = Noted(engine, "A long prompt. " * 120, 1)
+    worker.submit([late])
     assert late.over.wait(120)
     worker.cancel([first])
     slices = [i for i, what in enumerate(order) if what == "read"][1:]
