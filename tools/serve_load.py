@@ -71,15 +71,16 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE"), len(list((proc / "fd").iterdir()))
 
     def finish(self) -> tuple[dict[str, Any], tuple[int, int], int]:
-        """Status and use once nothing runs any more, or after ten seconds, and the exit code."""
-        deadline = time.monotonic() + 10
-        while (state := self.status())["active"] and time.monotonic() < deadline:
+        """Status and use once nothing runs or waits any more, and the exit code; what still does
+        after two minutes hangs."""
+        deadline = time.monotonic() + 120
+        while (state := self.status())["active"] + state["waiting"] and time.monotonic() < deadline:
             time.sleep(0.1)
         return state, self.used(), self.stop()
 
     def stop(self) -> int:
         self.process.terminate()
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 def body(question: str, **more: Any) -> bytes:
