@@ -215,12 +215,13 @@ def loading_bytes(source: Source, n: Numerics, streamed: bool) -> int:
 
 
 def decoded_at_once(config: ModelConfig, n: Numerics, packed: bool, streamed: bool) -> int:
-    """Experts held decoded at a time: none where kernels read them as they lie, one by numpy; by
-    MLX's operations all packed ones of a layer, or a few of those that are streamed."""
-    if streamed:
-        return min(DECODED, config.n_routed_experts) if n.ops.lazy else 1
+    """Experts held decoded at a time: none where kernels read them as they lie (but to collect
+    importance, which no plan is made for), one by numpy; by MLX's operations all packed ones of a
+    layer, or a few of those that are streamed."""
     if n.packed:
         return 0
+    if streamed:
+        return min(DECODED, config.n_routed_experts) if n.ops.lazy else 1
     return (config.n_routed_experts if packed else 0) if n.ops.lazy else 1
 
 
