@@ -125,7 +125,7 @@ Draft = Annotated[
     typer.Option(
         "--draft/--no-draft",
         help="Let the model's draft layer guess tokens that the model checks: the same answers. "
-        "Default: --no-draft.",
+        "Default: where that was measured to pay.",
     ),
 ]
 KvDir = Annotated[

@@ -8,6 +8,7 @@ what is left.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -183,8 +184,9 @@ def plan_drafting(
 ) -> tuple[Numerics, MemoryPlan]:
     """`plan_memory` with the draft layer, where it is wanted; the numerics say whether it is.
 
-    draft: "on", "off" or "auto", which is off. Raises OptionsError, too, when it is "on" and there
-    is no such layer.
+    draft: "on", "off", or "auto": where drafting was measured to pay, which is on a CPU with all
+    experts in memory, if the context need not be shorter for it. Raises OptionsError, too, when it
+    is "on" and there is no such layer.
     """
     has_draft = source.has_draft and bool(source.config.mtp_layers)
     drafting = replace(n, draft=True)
@@ -195,7 +197,14 @@ def plan_drafting(
                 "--draft out"
             )
         return drafting, plan_memory(source, drafting, records, **wishes)
-    return n, plan_memory(source, n, records, **wishes)
+    plan = plan_memory(source, n, records, **wishes)
+    if draft == "auto" and has_draft and not (n.ops.lazy or plan.streamed):
+        wishes["context"] = plan.context
+        with contextlib.suppress(OptionsError):
+            more = plan_memory(source, drafting, records, **wishes)
+            if not more.streamed:
+                return drafting, more
+    return n, plan
 
 
 def plan_files(

@@ -35,8 +35,8 @@ class EngineOptions:
     streaming: StreamingOptions = field(default_factory=StreamingOptions)
     """How experts are streamed, where they are."""
     draft: str = "auto"
-    """Whether the model's draft layer (MTP) guesses tokens: "on", "off" or "auto". The tokens
-    are the same."""
+    """Whether the model's draft layer (MTP) guesses tokens: "on", "off", or "auto": where that was
+    measured to pay, see `memory.plan_drafting`. The tokens are the same."""
     prefill_chunk: int = 512
     """Prompt tokens per step: bounds the memory and the time of one evaluation."""
 

@@ -310,8 +310,9 @@ class Session:
             size = self._engine.pacer.chunk(most) if self._engine.pacer else most
             end = min(here - here % size + size, len(tokens))
             n_logits = int(end == len(tokens)) if top_logprobs is None else end - here
-            logits, delta = self._model.step(mx.array(tokens[here:end]), state, n_logits)
-            inside = [state.after(delta, at - here) for at in turns if here < at < end]
+            cuts = [*(at - here for at in turns if here < at < end), end - here]
+            logits, delta = self._model.step(mx.array(tokens[here:end]), state, n_logits, cuts)
+            inside = [state.after(delta, cut) for cut in cuts[:-1]]
             state.commit(delta, end - here)
             mx.eval(logits, *state.pending())  # bounds the graph to one chunk
             if self._engine.pacer:

@@ -10,6 +10,7 @@ draft needs those.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -57,9 +58,31 @@ class DraftLayer:
             for part in (plan.state.frontier.streams, streams[at.start : at.stop - 1])
         ]
         behind = [self._plan(plan.state, plan.n_tokens, plan.start - 1) for plan in plans.each]
-        z = self.fused.draft(self, self.ops.concatenate(pairs), tokens)
+        return self._rows(self.ops.concatenate(pairs), tokens, StepPlans(behind))
+
+    def needed_rows(
+        self, streams: Array, tokens: Array, plan: StepPlan, cuts: Sequence[int]
+    ) -> list[LayerDelta]:
+        """The same for one sequence, whose state is taken after `cuts` of the tokens only: rows
+        that no window will hold are zeros. Of a long prompt that is most of them."""
+        ops, end = self.ops, 0
+        pairs = ops.concatenate([plan.state.frontier.streams, streams[: plan.n_tokens - 1]])
+        window: list[Array] = []
+        read: list[Array] = []
+        for cut in cuts:
+            begin = max(end, cut - (self.config.sliding_window - 1))
+            behind = self._plan(plan.state, cut - begin, plan.start - 1 + begin)
+            (made,) = self._rows(pairs[begin:cut], tokens[begin:cut], StepPlans([behind]))
+            for rows, new in ((window, made.window), (read, made.read)):
+                if new is not None:
+                    rows += [ops.zeros((begin - end, new.shape[1]), new.dtype), new]
+            end = cut
+        return [LayerDelta(ops.concatenate(window), ops.concatenate(read) if read else None)]
+
+    def _rows(self, pairs: Array, tokens: Array, plans: StepPlans) -> list[LayerDelta]:
+        z = self.fused.draft(self, pairs, tokens)
         x, _ = self.fused.enter(z, self.block.hc_attn, self.block.attn_norm)
-        return self.fused.rows(x, self.block.attn, StepPlans(behind))
+        return self.fused.rows(x, self.block.attn, plans)
 
     def logits(self, streams: Array, next_tokens: Array, state: SequenceState) -> mx.array:
         """Pairs of the positions after those in the state's window: streams [S, H, D] of p.. and

@@ -53,11 +53,16 @@ class Transformer:
         return SequenceState(self.config, plans, self.rows, self.fused.stack)
 
     def step(
-        self, tokens: Array, state: SequenceState, n_logits: int | None = None
+        self,
+        tokens: Array,
+        state: SequenceState,
+        n_logits: int | None = None,
+        cuts: Sequence[int] | None = None,
     ) -> tuple[mx.array, Delta]:
         """tokens [S] after `state` -> float32 logits of the last `n_logits` positions (all by
-        default) [n, V], and the delta. The state is not changed."""
-        logits, (delta,) = self.step_together(tokens, [(state, tokens.shape[0])], n_logits)
+        default) [n, V], and the delta. The state is not changed. cuts: how many positions of the
+        delta will be taken, ascending up to S; None: any number."""
+        logits, (delta,) = self.step_together(tokens, [(state, tokens.shape[0])], n_logits, cuts)
         return logits, delta
 
     def step_together(
@@ -65,6 +70,7 @@ class Transformer:
         tokens: Array,
         sequences: Sequence[tuple[SequenceState, int]],
         n_logits: int | None = None,
+        cuts: Sequence[int] | None = None,
     ) -> tuple[mx.array, list[Delta]]:
         """One step of several sequences, which share every read of weights.
 
@@ -84,7 +90,9 @@ class Transformer:
         for block, reader in zip(self.blocks, readers[1:], strict=True):
             streams, deltas = block(streams, tokens, plans, reader)
             added.append(deltas)
-        if self.draft is not None:
+        if self.draft is not None and cuts is not None:
+            added.append(self.draft.needed_rows(streams.values, tokens, plans.each[0], cuts))
+        elif self.draft is not None:
             added.append(self.draft.rows(streams.values, tokens, plans))
         self.experts.end(streams.values)
         logits = self._logits(streams, n_tokens if n_logits is None else n_logits)

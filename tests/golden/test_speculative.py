@@ -23,6 +23,7 @@ from ds4py.engine.decode import Decoder
 from ds4py.engine.disk import DiskSessions
 from ds4py.engine.speculative import HEAD_START, SHARE, Speculation
 from ds4py.errors import OptionsError
+from ds4py.text import chat
 from tests.golden.guesses import Counted, Eager, Told
 from tests.golden.sets import DATA, load
 
@@ -188,6 +189,29 @@ def test_rewind_and_fork(plain: Engine, drafting: Engine, ids: list[int]) -> Non
         session.rewind(position)
         fresh = started(drafting, session.tokens)
         assert content(session) == content(fresh) == content(forked)
+
+
+def test_a_prompt_read_in_any_chunks_leaves_the_same_window(tiny: tuple[Engine, Engine]) -> None:
+    """Also where a turn begins inside a chunk that is longer than a window, or shorter."""
+    _, engine = tiny
+    assert engine.tokenizer is not None
+    words = "One day, a little fox found a red ball. " * 8
+    texts = [("user", words), ("assistant", "Yes."), ("user", words * 2), ("user", "Why?")]
+    messages = [{"role": role, "content": text} for role, text in texts]
+    prompt = engine.tokenizer.encode(chat.segments(messages, thinking=False))
+    whole, parts = started(engine, prompt), engine.session()
+    for _ in parts.sync_slices(prompt, 7):
+        pass
+    assert content(whole) == content(parts)
+    turns = [turn.position for turn in whole.turns()]
+    assert len(turns) >= 3 and max(turns) > 200
+    for position in turns:
+        forks = [session.fork(position) for session in (whole, parts)]
+        assert [fork.position for fork in forks] == [position, position]
+        captured = [fork.image().frontier for fork in forks]
+        assert captured[0].keys() == captured[1].keys() and "draft" in captured[0]
+        for name, array in captured[0].items():
+            np.testing.assert_array_equal(array, captured[1][name], name)
 
 
 def guessed(session: Session, n: int) -> list[list[float]]:
@@ -404,3 +428,12 @@ def test_a_model_without_a_draft_layer(without_drafts: Path) -> None:
         Engine.open(without_drafts, EngineOptions(draft="on"))
     with pytest.raises(OptionsError, match="one of auto, on, off"):
         EngineOptions(draft="maybe")
+
+
+def test_drafts_are_made_where_they_pay() -> None:
+    """Unless somebody decides: on a CPU, with the experts in memory."""
+    assert Engine.open("tiny").stats()["draft"]
+    for options in (EngineOptions(experts="streamed"), EngineOptions(kernels="reference")):
+        assert Engine.open("tiny", options).stats()["draft"] == {}
+    chosen = EngineOptions(experts="streamed", draft="on")
+    assert Engine.open("tiny", chosen).stats()["draft"]
