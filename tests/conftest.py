@@ -1,8 +1,13 @@
 """Settings every test shares."""
 
+import os
 import signal
 
 from hypothesis import HealthCheck, settings
+
+# The matrices are small: BLAS threads would spin, waiting for one another, on processors that other
+# processes of the tests want. Read when numpy is loaded; golden/test_threads.py has several.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # A shell without job control starts what it puts into the background with Ctrl-C ignored, and
 # every process that a test starts would inherit that.
