@@ -36,13 +36,24 @@ def bytes_per_token(
     readers = [reader for block in model.blocks for reader in (block.hc_attn, block.hc_ffn)]
     n["hyper-connections"] = sum(r.fn.arrays[0].nbytes for r in (*readers, model.hc_head))
     n["head"] = _bytes(model.head)
-    # A commit writes the frontier anew: windows, and values of windows that are not full.
-    n["frontier"] = state.frontier.n_bytes
+    n["frontier"] = _frontier(state)
     return dict(n)
 
 
 def _bytes(matrices: Sequence[PackedMatrix]) -> int:
     return sum(matrix.rows.nbytes for matrix in matrices)
+
+
+def _frontier(state: SequenceState) -> int:
+    """What a commit writes anew: windows, and compressors' values that later rows need. Where the
+    token completes rows, all values before it are pooled, too."""
+    frontier, end = state.frontier, state.position + 1
+    n_bytes = frontier.window.nbytes
+    for s in state.series:
+        completes = s.count(end) > s.count(state.position)
+        n_values = max(s.needed(end) - 1, 0) + (s.history if completes else 0)
+        n_bytes += frontier.values[s.name].nbytes // s.history * n_values
+    return int(n_bytes)
 
 
 def _rows(attn: Attention, state: SequenceState) -> dict[str, int]:

@@ -17,9 +17,11 @@ MAX_ROWS = 8
 """Activation rows that share one reading of the weights; more are a matrix product."""
 UNIT = 256
 """Values that a simdgroup takes at a time, eight a lane."""
-FEW_GROUPS = 64
-"""Threadgroups that a launch is not divided into fewer than. Each reads all activations: with 64 of
-them those are about 2 % of the weights' bytes over a step of V4-Flash, with 128 twice that."""
+FEW_GROUPS = 40
+"""Threadgroups that a launch is not divided into fewer than: the cores of the largest GPU but those
+that are two of it. Each reads all activations: with 40 to 64 of them those are below 2 % of the
+weights' bytes over a step of V4-Flash, with 128 four times that. 40 have 700 KB on their way from
+memory at any time, more than any of these memories needs to be busy."""
 MAX_TILE_ROWS = 80
 """Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
 THREADGROUP_BYTES, POINTS_BYTES, RESULT_BYTES = 32768, 2048, 4096
@@ -76,16 +78,18 @@ def tiling(
     floats: int,
     rows: int | None = None,
     points: bool = True,
+    even: bool = False,
 ) -> Tiling:
     """For `n_rows` weight rows over all matrices, `floats` kept for each row of a tile.
 
     Eight or six simdgroups where their weights fit beside one or two whole rows of activations,
     else four. A simdgroup gets up to 80 weight rows, so that activations are staged rarely, but
     never so many that few threadgroups are left. rows: so many instead. points: whether a format
-    may be IQ2_XXS.
+    may be IQ2_XXS. even: a power of two of rows.
     """
     for simdgroups in (8, 6, 4):
         each = rows or _rows(n_x, n_rows, floats, simdgroups)
+        each = power_of_two(each) if even else each
         kept = stage_bytes(n_x) * simdgroups + 4 * floats * simdgroups * each + 256
         room = THREADGROUP_BYTES - kept - (POINTS_BYTES if points else 0)
         if simdgroups == 4 or (n_x <= 2 and n_x * n_in * dtype.size <= room):
@@ -96,6 +100,11 @@ def tiling(
 def least_rows(n_x: int) -> int:
     """Weight rows of a simdgroup: of several activation rows each is used for four of them."""
     return 1 if n_x == 1 else 4
+
+
+def power_of_two(n: int) -> int:
+    """The largest up to n, or 1."""
+    return 1 << max(n.bit_length() - 1, 0)
 
 
 def _rows(n_x: int, n_rows: int, floats: int, simdgroups: int) -> int:

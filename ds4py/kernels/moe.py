@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -122,10 +122,12 @@ def gate_up(
     assert s <= matvec.MAX_ROWS and experts.n_in == n_in
     assert all(m.n_in == n_in and m.rows.shape[0] == n_inner for m in shared)
     assert shared[0].format == shared[1].format
-    # Threadgroups of the shared expert get fewer rows, as many times as their rows are longer.
-    times = _power_of_two(shared[0].rows.shape[1] // row_bytes(experts.formats[0], n_in))
-    plan = matvec.tiling(s, n_in, x.dtype, (min(s * k, 7) + times) * n_inner, floats=2 * s)
-    plan = replace(plan, rows=_power_of_two(plan.rows))
+    # Threadgroups of the shared expert get fewer rows where those are longer, so that they have not
+    # much more to read than the others, nor much less to multiply.
+    longer = shared[0].rows.shape[1] // row_bytes(experts.formats[0], n_in)
+    times = matvec.power_of_two(round(longer**0.5))
+    n_rows = (min(s * k, 7) + times) * n_inner
+    plan = matvec.tiling(s, n_in, x.dtype, n_rows, floats=2 * s, even=True)
     shared_rows = max(plan.rows // times, matvec.least_rows(s))
     shared_tiles = -(-n_inner // (shared_rows * plan.simdgroups))
     template = [
@@ -142,11 +144,6 @@ def gate_up(
         [((s, k + 1, n_inner), x.dtype)],
     )
     return h
-
-
-def _power_of_two(n: int) -> int:
-    """The largest up to n, or 1."""
-    return 1 << max(n.bit_length() - 1, 0)
 
 
 def _expert_template(

@@ -27,6 +27,8 @@ from tools.metal_cpu.arrays import dtype_name, numpy_dtype
 
 SAMPLED = 2
 """Threadgroups that are executed, where they are alike."""
+CHOSEN = {"slots", "ids"}
+"""Inputs that name what is read, each once."""
 WHOLE = {"attend_split", "index_candidates"}
 """Kernels whose threadgroups read different numbers of rows."""
 SLOTS = 8
@@ -99,9 +101,10 @@ class Step:
                 shape = (SLOTS, *shape[1:])
                 template = tuple((n, SLOTS if n == "SLOTS" else v) for n, v in template)
             given = np.zeros(shape, numpy_dtype(dtype_name(dtype)))
-            if name == "slots":
+            chosen = name in CHOSEN and len(shape) == 2
+            if chosen:
                 given[:] = np.arange(shape[1])
-            inputs.append(integers[i] if i in integers and name != "slots" else given)
+            inputs.append(integers[i] if i in integers and not chosen else given)
         sampled = kind.groups if kind.name in WHOLE else min(kind.groups, SAMPLED)
         kernel(
             inputs=inputs,
