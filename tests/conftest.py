@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, settings
 # processes of the tests want. Read when numpy is loaded; golden/test_threads.py has several.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# A shell without job control starts what it puts into the background with Ctrl-C ignored, and
-# every process that a test starts would inherit that.
+# A shell without job control starts what it puts into the background with Ctrl-C ignored, nohup
+# with the end of its terminal ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Machines differ: an example may be slow anywhere, and a failure must come back on the next run.
 settings.register_profile(
