@@ -46,6 +46,11 @@ class EngineOptions:
         _need(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _need(self.experts in EXPERTS, "experts", self.experts, f"one of {', '.join(EXPERTS)}")
         _need(self.draft in DRAFT, "draft", self.draft, f"one of {', '.join(DRAFT)}")
+        if self.draft == "on" and self.streaming.swap:
+            raise OptionsError(
+                f"draft is 'on' and swap {self.streaming.swap}: which experts are swapped would "
+                "depend on what is guessed; leave one of the two out"
+            )
 
 
 @dataclass(frozen=True)

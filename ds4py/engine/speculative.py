@@ -126,8 +126,7 @@ class Speculation:
         scalars.
 
         Asked before every step that one sequence has for itself. n_wanted: tokens that are still
-        to come, `token` among them. Nothing is guessed while a last word on the routing depends on
-        what shares a step, or is to be seen.
+        to come, `token` among them. Nothing is guessed while routing is traced: it is the tokens'.
         """
         self.end()
         draft, experts, self._n_made = self._model.draft, self._model.experts, 0
