@@ -66,7 +66,9 @@ class Decoder:
         waiting = (s for s in others if not self._has_token(s) and not s.failed)
         streams = [first, *islice(waiting, TOGETHER - 1)]
         tokens, guess = [stream.token for stream in streams], None
-        if len(streams) == 1:
+        if len(streams) > 1:
+            self.speculation.end()
+        else:
             guess = self.speculation.guess(first.state, first.token, first.sampler, n_left)
             tokens += [] if guess is None else [guess]
         n_each = len(tokens) // len(streams)

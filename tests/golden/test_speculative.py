@@ -6,6 +6,7 @@ matters; what is guessed there is told by the test. The embedded model guesses f
 """
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Case:
         return told
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.sampled_from([1, 2, 3, 61, 124, 125, 126, 127, 128, 129]),
     st.integers(1, 11),
@@ -168,7 +169,7 @@ def test_a_session_holds_what_was_handed_out(
     bases = started(drafting, ids[:125]), started(plain, ids[:125])
     for right in (lambda at: True, lambda at: False):
         drafting.decoder = Decoder(drafting.model, Told(drafting, case.session.tokens, right))
-        for n_taken in (1, 2, 3, 4, 7):
+        for n_taken in (1, 2, 3, 6):
             session, other = (base.fork(125) for base in bases)
             for one in (session, other):
                 tokens = one.generate(sampling)
@@ -199,7 +200,7 @@ def test_rewind_and_fork(plain: Engine, drafting: Engine, ids: list[int]) -> Non
     drafting.decoder = Decoder(drafting.model, told)
     session = started(drafting, ids[:120])
     list(session.generate(case.sampling))
-    for position in (140, 137, 129, 128, 126, 64, 1):
+    for position in (137, 129, 128, 126, 1):
         forked = session.fork(position)
         forked.sync(session.tokens[:position])
         session.rewind(position)
@@ -252,7 +253,7 @@ def test_a_restored_session_drafts_the_same(
 ) -> None:
     """From a file and from the store, in another engine."""
     other = Engine.open(SET, EngineOptions(draft="on", prefill_chunk=96))
-    for cut in (127, 128, 131):
+    for cut in (127, 131):
         session = started(drafting, ids[:cut])
         session.save(tmp_path / "s")
         store = Store.open(tmp_path / f"kv{cut}", 1 << 26)
@@ -329,13 +330,13 @@ def test_stop_strings_and_the_models_own_end(tiny: tuple[Engine, Engine]) -> Non
     text = "".join(
         t.text for t in started(engine, prompt).generate(options("greedy", max_tokens=30))
     )
-    for stop in (text[9:12], text[20:21], text[30:34]):
+    for stop in (text[9:12], text[20:21]):
         case = Case(engine, prompt, SamplingOptions(temperature=0, max_tokens=40, stop=(stop,)))
         session = started(eager, prompt)
         assert list(session.generate(case.sampling)) == case.made
         assert case.made[-1].finish_reason == "stop"
         assert content(session, drafts=False) == content(case.session)
-    case = Case(engine, prompt, SamplingOptions(seed=1, max_tokens=400))
+    case = Case(engine, prompt, SamplingOptions(seed=1, max_tokens=200))
     session = started(eager, prompt)
     assert list(session.generate(case.sampling)) == case.made
     assert case.made[-1].finish_reason == "stop"
@@ -423,6 +424,18 @@ def test_sequences_together_take_plain_steps(
         assert content(sessions[0], drafts=False) == content(alone[0].session)
         reread = started(plain, sessions[1].tokens)
         assert content(sessions[1], drafts=False) == content(reread)
+
+
+def test_shared_steps_are_not_measured(drafting: Engine, ids: list[int]) -> None:
+    """The clock goes on by one each time it is read: so many are taken or made meanwhile."""
+    decoder = Decoder(drafting.model, Speculation(drafting.model, count().__next__))
+    drafting.decoder, gate = decoder, decoder.speculation._gate
+    a, b = (started(drafting, ids[:n]).generate(options("sampled", max_tokens=9)) for n in (40, 50))
+    for stream in (a, b, a, a, a, b, b, b):  # a alone, both, -, both, a alone, -, both, b alone
+        next(stream)
+    a.close()
+    b.close()
+    assert list(gate._plain) == [1, 2, 1], "the second with b's token, which was there already"
 
 
 def test_a_session_that_went_on_keeps_no_guess(

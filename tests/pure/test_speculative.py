@@ -57,21 +57,21 @@ def never(steps: int, guessed: bool) -> bool:
 def test_no_drafter_loses_more_than_is_granted(cost: float, period: int) -> None:
     """Never right, always right, and in turns: right while it is probed, wrong when it counts."""
     right = never if not period else lambda steps, _: steps // period % 2 == 0
-    Run(right, lambda: cost).until(4000)
+    Run(right, lambda: cost).until(1500)
 
 
 @given(st.randoms(use_true_random=False), st.floats(0, 1), st.integers(3, 400))
 def test_nor_does_chance(chance: random.Random, p: float, answer: int) -> None:
     """Of any probability, with costs that change from step to step, over long answers and short."""
     costs = chance.uniform(1, MOST_COST), chance.uniform(1, MOST_COST)
-    Run(lambda *_: chance.random() < p, lambda: chance.choice(costs), answer).until(1500)
+    Run(lambda *_: chance.random() < p, lambda: chance.choice(costs), answer).until(500)
 
 
 def test_the_worst_adversary_is_stopped() -> None:
     """One that knows the gate's averages: right until they are good, then wrong."""
     run = Run(never, lambda: 1.6)
     run.right = lambda *_: run.gate._made < 1.9
-    run.until(20_000)
+    run.until(5000)
 
 
 def test_guesses_that_pay_are_made() -> None:
@@ -83,7 +83,7 @@ def test_guesses_that_pay_are_made() -> None:
 
 
 def test_guesses_that_do_not_pay_stop() -> None:
-    run = Run(never, lambda: 1.4).until(10_000)
+    run = Run(never, lambda: 1.4).until(5000)
     assert run.gate.closed and run.guesses < 150, "eight steps, then ever fewer probes"
 
 
