@@ -1,11 +1,12 @@
-"""Guesses that a test controls."""
+"""Guesses that a test controls, and what sessions are compared by."""
 
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from ds4py import Engine
+from ds4py import Engine, Session
 from ds4py.cache.state import SequenceState
 from ds4py.engine.sampling import Sampler
 from ds4py.engine.speculative import Speculation
@@ -51,3 +52,18 @@ class Counted(Speculation):
         made = super().guess(*step)
         self.now += 1 if made is None else self.cost
         return made
+
+
+def started(engine: Engine, prompt: list[int]) -> Session:
+    session = engine.session()
+    session.sync(prompt)
+    return session
+
+
+def content(session: Session, drafts: bool = True) -> dict[str, bytes]:
+    """Everything a session's future depends on."""
+    image = session.image()
+    found = {**image.rows, **image.frontier, "tokens": image.tokens, "logits": session.logits()}
+    if not drafts:
+        found.pop("draft", None)
+    return {name: np.asarray(array).tobytes() for name, array in found.items()}

@@ -25,7 +25,7 @@ from ds4py.engine.disk import DiskSessions
 from ds4py.engine.speculative import HEAD_START, SHARE, Speculation
 from ds4py.errors import OptionsError
 from ds4py.text import chat
-from tests.golden.guesses import Counted, Eager, Told
+from tests.golden.guesses import Counted, Eager, Told, content, started
 from tests.golden.sets import DATA, load
 
 SET = DATA / "flashlike"
@@ -69,23 +69,8 @@ def ids() -> list[int]:
     return [int(t) for t in np.resize(load("flashlike")["input_ids"], 300)]
 
 
-def started(engine: Engine, prompt: list[int]) -> Session:
-    session = engine.session()
-    session.sync(prompt)
-    return session
-
-
 def options(name: str, **more: Any) -> SamplingOptions:
     return SamplingOptions(**{**vars(OPTIONS[name]), "stop_at_eos": False, **more})
-
-
-def content(session: Session, drafts: bool = True) -> dict[str, bytes]:
-    """Everything a session's future depends on."""
-    image = session.image()
-    found = {**image.rows, **image.frontier, "tokens": image.tokens, "logits": session.logits()}
-    if not drafts:
-        found.pop("draft", None)
-    return {name: np.asarray(array).tobytes() for name, array in found.items()}
 
 
 class Case:
@@ -311,6 +296,18 @@ def test_the_embedded_model_guesses_for_itself(tiny: tuple[Engine, Engine]) -> N
     drafted = eager.stats()["draft"]["drafted"]
     list(started(eager, prompt).generate(options("greedy", max_tokens=1)))
     assert eager.stats()["draft"]["drafted"] == drafted, "nobody wants a second token"
+
+
+def test_mlx_too() -> None:
+    """The lazy back end, where a step is computed when its guess is compared."""
+    made = []
+    for draft in ("off", "on"):
+        engine = Engine.open("tiny", EngineOptions(draft=draft, kernels="reference"))
+        if draft == "on":
+            engine.decoder = Decoder(engine.model, Eager(engine))
+        session = started(engine, [0, *range(50, 60)])
+        made.append([list(session.generate(options("sampled", max_tokens=12))), session.logits()])
+    assert made[0] == made[1] and engine.stats()["draft"]["accepted"] > 0
 
 
 def test_right_guesses_go_on(tiny: tuple[Engine, Engine]) -> None:
