@@ -121,11 +121,10 @@ Kernels = Annotated[
     ),
 ]
 Draft = Annotated[
-    bool | None,
+    bool,
     typer.Option(
-        "--draft/--no-draft",
-        help="Let the model's draft layer guess tokens that the model checks: the same answers. "
-        "Default: where that was measured to pay.",
+        "--draft",
+        help="Let the model's draft layer guess tokens that the model checks: the same answers.",
     ),
 ]
 KvDir = Annotated[

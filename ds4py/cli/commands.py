@@ -111,7 +111,7 @@ def generate(
     experts: ExpertChoice = NO_EXPERT_CHOICE,
     trace: RoutingTrace = None,
     kernels: Kernels = None,
-    draft: Draft = None,
+    draft: Draft = False,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -175,7 +175,7 @@ def chat(
     memory: Memory = None,
     experts: ExpertChoice = NO_EXPERT_CHOICE,
     kernels: Kernels = None,
-    draft: Draft = None,
+    draft: Draft = False,
     kv_dir: KvDir = None,
     kv_space: KvSpace = None,
 ) -> int:
@@ -235,7 +235,7 @@ def serve(
     memory: Memory = None,
     experts: ExpertChoice = NO_EXPERT_CHOICE,
     kernels: Kernels = None,
-    draft: Draft = None,
+    draft: Draft = False,
 ) -> int:
     """Answer over HTTP: chat completions, completions, responses and messages.
 
@@ -407,7 +407,7 @@ def speed(
         int, typer.Option(min=1, metavar="N", help="Runs of each; the median counts.")
     ] = 3,
     kernels: Kernels = None,
-    draft: Draft = None,
+    draft: Draft = False,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
 ) -> int:
     """Measure tokens per second: decoding near and far into the context, and reading prompts.

@@ -90,8 +90,7 @@ class Settings:
     memory: str | None = None
     experts: ExpertChoice = NO_EXPERT_CHOICE
     kernels: str | None = None
-    draft: bool | None = None
-    """Whether the draft layer guesses; None: the engine decides."""
+    draft: bool = False
     kv_dir: str | None = None
     """Where sessions are kept; None: the usual place."""
     kv_space: str | None = None
@@ -103,15 +102,15 @@ class Settings:
         from ds4py.experts.options import StreamingOptions
 
         streaming = dict(vars(self.experts))
-        where, draft = streaming.pop("where"), {True: "on", False: "off"}
+        where = streaming.pop("where")
         return EngineOptions(
             streaming=StreamingOptions(**_given(**streaming)),
+            draft=self.draft,
             **_given(
                 context=self.context,
                 memory=self.memory,
                 kernels=self.kernels,
                 experts=where,
-                draft=None if self.draft is None else draft[self.draft],
             ),
         )
 

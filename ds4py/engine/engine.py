@@ -115,11 +115,13 @@ class Engine:
         rows = row_formats(ops, self.config, dtype, rounded, native)
         records = source.records()
         wishes = options.streaming
-        self.plan: MemoryPlan
-        numerics, self.plan = memory.plan_drafting(
-            options.draft,
+        if options.draft:
+            memory.need_draft(source)
+        self.plan: MemoryPlan = memory.plan_memory(
             source,
-            Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None),
+            Numerics(
+                ops, dtype, rows, options.prefill_chunk, launcher is not None, options.draft
+            ),
             records,
             context=options.context,
             memory=options.memory,
@@ -135,7 +137,7 @@ class Engine:
         decoded = DecodedMaps(self.plan.decoded)
         self._loader = Loader(source, ops, dtype, rounded, native, launcher, streamed, decoded)
         self.model = self._loader.transformer()
-        if numerics.draft:
+        if options.draft:
             self.model = replace(self.model, draft=self._loader.draft(self.model))
         if streamed is not None and records is not None:
             if wishes.slots is None:

@@ -8,7 +8,6 @@ what is left.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -16,7 +15,7 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -175,36 +174,12 @@ def plan_memory(
     return fit(plan, config, records)
 
 
-def plan_drafting(
-    draft: str,
-    source: Source,
-    n: Numerics,
-    records: Mapping[int, LayerRecords] | None,
-    **wishes: Any,
-) -> tuple[Numerics, MemoryPlan]:
-    """`plan_memory` with the draft layer, where it is wanted; the numerics say whether it is.
-
-    draft: "on", "off", or "auto": where drafting was measured to pay, which is on a CPU with all
-    experts in memory, if the context need not be shorter for it. Raises OptionsError, too, when it
-    is "on" and there is no such layer.
-    """
-    has_draft = source.has_draft and bool(source.config.mtp_layers)
-    drafting = replace(n, draft=True)
-    if draft == "on":
-        if not has_draft:
-            raise OptionsError(
-                "draft is 'on', but this model has no draft layer (MTP) that can be run; leave "
-                "--draft out"
-            )
-        return drafting, plan_memory(source, drafting, records, **wishes)
-    plan = plan_memory(source, n, records, **wishes)
-    if draft == "auto" and has_draft and not (n.ops.lazy or plan.streamed):
-        wishes["context"] = plan.context
-        with contextlib.suppress(OptionsError):
-            more = plan_memory(source, drafting, records, **wishes)
-            if not more.streamed:
-                return drafting, more
-    return n, plan
+def need_draft(source: Source) -> None:
+    """Raise OptionsError where a model cannot draft."""
+    if not (source.has_draft and source.config.mtp_layers):
+        raise OptionsError(
+            "this model has no draft layer (MTP) that can be run, which --draft needs; leave it out"
+        )
 
 
 def plan_files(
@@ -213,11 +188,11 @@ def plan_files(
     """The plan of a model that is not loaded, under default options; or why there is none."""
     ops, dtype, launcher = build.choose("auto", "auto")
     rows = row_formats(ops, files.config, dtype, rounded=True, native=True)
-    options, source = EngineOptions(), files.source()
-    numerics = Numerics(ops, dtype, rows, options.prefill_chunk, launcher is not None)
-    wishes = {"context": context, "memory": memory}
+    chunk, source = EngineOptions().prefill_chunk, files.source()
+    numerics = Numerics(ops, dtype, rows, chunk, launcher is not None)
+    records = source.records()
     try:
-        return plan_drafting(options.draft, source, numerics, source.records(), **wishes)
+        return numerics, plan_memory(source, numerics, records, context, memory)
     except OptionsError as exc:
         return numerics, exc
 

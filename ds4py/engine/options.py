@@ -9,7 +9,6 @@ from ds4py.experts.options import StreamingOptions
 
 DTYPES = ("auto", "bfloat16", "float32")
 EXPERTS = ("auto", "resident", "streamed")
-DRAFT = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,8 @@ class EngineOptions:
     streams what the memory plan has no room for."""
     streaming: StreamingOptions = field(default_factory=StreamingOptions)
     """How experts are streamed, where they are."""
-    draft: str = "auto"
-    """Whether the model's draft layer (MTP) guesses tokens: "on", "off", or "auto": where that was
-    measured to pay, see `memory.plan_drafting`. The tokens are the same."""
+    draft: bool = False
+    """Whether the model's draft layer (MTP) guesses tokens. The answers are the same."""
     prefill_chunk: int = 512
     """Prompt tokens per step: bounds the memory and the time of one evaluation."""
 
@@ -45,11 +43,10 @@ class EngineOptions:
         _need(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "at least 1")
         _need(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _need(self.experts in EXPERTS, "experts", self.experts, f"one of {', '.join(EXPERTS)}")
-        _need(self.draft in DRAFT, "draft", self.draft, f"one of {', '.join(DRAFT)}")
-        if self.draft == "on" and self.streaming.swap:
+        if self.draft and self.streaming.swap:
             raise OptionsError(
-                f"draft is 'on' and swap {self.streaming.swap}: which experts are swapped would "
-                "depend on what is guessed; leave one of the two out"
+                f"draft and swap {self.streaming.swap}: which experts are swapped would depend on "
+                "what is guessed; leave one of the two out"
             )
 
 

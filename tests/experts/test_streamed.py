@@ -64,7 +64,7 @@ def test_decoding_with_guesses(bundle: Path) -> None:
     """They read experts, and change no token; with swaps they would."""
     sampling, made = SamplingOptions(seed=2, max_tokens=24, stop_at_eos=False), []
     streaming = StreamingOptions(slots=LEAST, readers=2)
-    for draft in ("off", "on"):
+    for draft in (False, True):
         options = EngineOptions(draft=draft, experts="streamed", streaming=streaming)
         engine = Engine.open(bundle, options)
         session = engine.session()
@@ -72,8 +72,8 @@ def test_decoding_with_guesses(bundle: Path) -> None:
         made.append([token.id for token in session.generate(sampling)])
     assert made[0] == made[1]
     assert engine.stats()["draft"]["drafted"] > 0
-    with pytest.raises(OptionsError, match=r"'on' and swap 0\.2"):
-        EngineOptions(draft="on", streaming=StreamingOptions(swap=0.2))
+    with pytest.raises(OptionsError, match=r"draft and swap 0\.2"):
+        EngineOptions(draft=True, streaming=StreamingOptions(swap=0.2))
 
 
 def test_mlx_too(bundle: Path) -> None:

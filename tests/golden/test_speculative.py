@@ -48,20 +48,20 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def plain() -> Engine:
-    return Engine.open(SET, EngineOptions(draft="off", prefill_chunk=64))
+    return Engine.open(SET, EngineOptions(prefill_chunk=64))
 
 
 @pytest.fixture(scope="module")
 def drafting() -> Engine:
-    return Engine.open(SET, EngineOptions(draft="on", prefill_chunk=64))
+    return Engine.open(SET, EngineOptions(draft=True, prefill_chunk=64))
 
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Engine, Engine]:
     """The embedded model without guesses, and with one at every step."""
-    eager = Engine.open("tiny", EngineOptions(draft="on"))
+    eager = Engine.open("tiny", EngineOptions(draft=True))
     eager.decoder = Decoder(eager.model, Eager(eager))
-    return Engine.open("tiny", EngineOptions(draft="off")), eager
+    return Engine.open("tiny"), eager
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_session_holds_what_was_handed_out(
 def test_the_end_of_the_context(ids: list[int]) -> None:
     for length in (129, 130):
         engines = [
-            Engine.open(SET, EngineOptions(draft=draft, context=140)) for draft in ("off", "on")
+            Engine.open(SET, EngineOptions(draft=draft, context=140)) for draft in (False, True)
         ]
         case = Case(engines[0], ids[:length], options("greedy"))
         told = case.check(engines[1], lambda at: True)
@@ -237,7 +237,7 @@ def test_a_restored_session_drafts_the_same(
     drafting: Engine, ids: list[int], tmp_path: Path
 ) -> None:
     """From a file and from the store, in another engine."""
-    other = Engine.open(SET, EngineOptions(draft="on", prefill_chunk=96))
+    other = Engine.open(SET, EngineOptions(draft=True, prefill_chunk=96))
     for cut in (127, 131):
         session = started(drafting, ids[:cut])
         session.save(tmp_path / "s")
@@ -301,9 +301,9 @@ def test_the_embedded_model_guesses_for_itself(tiny: tuple[Engine, Engine]) -> N
 def test_mlx_too() -> None:
     """The lazy back end, where a step is computed when its guess is compared."""
     made = []
-    for draft in ("off", "on"):
+    for draft in (False, True):
         engine = Engine.open("tiny", EngineOptions(draft=draft, kernels="reference"))
-        if draft == "on":
+        if draft:
             engine.decoder = Decoder(engine.model, Eager(engine))
         session = started(engine, [0, *range(50, 60)])
         made.append([list(session.generate(options("sampled", max_tokens=12))), session.logits()])
@@ -378,7 +378,7 @@ def test_a_choice_that_fails_after_a_right_guess(
     session = started(plain, ids[:126])
     list(session.generate(sampling, Alternating(plain.config.vocab_size)))
     drafting.decoder = Decoder(drafting.model, Told(drafting, session.tokens, lambda at: True))
-    echoing = Engine.open(SET, EngineOptions(draft="on"))
+    echoing = Engine.open(SET, EngineOptions(draft=True))
     echoing.decoder = Decoder(echoing.model, Echo(echoing.model))
     for engine in (plain, drafting, echoing):
         broken, made = started(engine, ids[:126]), []
@@ -472,15 +472,4 @@ def without_drafts(tmp_path: Path) -> Iterator[Path]:
 def test_a_model_without_a_draft_layer(without_drafts: Path) -> None:
     assert Engine.open(without_drafts).stats()["draft"] == {}
     with pytest.raises(OptionsError, match="no draft layer"):
-        Engine.open(without_drafts, EngineOptions(draft="on"))
-    with pytest.raises(OptionsError, match="one of auto, on, off"):
-        EngineOptions(draft="maybe")
-
-
-def test_drafts_are_made_where_they_pay() -> None:
-    """Unless somebody decides: on a CPU, with the experts in memory."""
-    assert Engine.open("tiny").stats()["draft"]
-    for options in (EngineOptions(experts="streamed"), EngineOptions(kernels="reference")):
-        assert Engine.open("tiny", options).stats()["draft"] == {}
-    chosen = EngineOptions(experts="streamed", draft="on")
-    assert Engine.open("tiny", chosen).stats()["draft"]
+        Engine.open(without_drafts, EngineOptions(draft=True))

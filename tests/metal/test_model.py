@@ -94,7 +94,7 @@ def test_the_two_bit_model_writes_the_same_tokens(sampling: SamplingOptions) -> 
 
 def test_guesses_change_no_token() -> None:
     """A step over two tokens on shaders, of which the draft layer guessed one."""
-    options = EngineOptions(draft="on", prefill_chunk=8)
+    options = EngineOptions(draft=True, prefill_chunk=8)
     plain, metal = engines(TWO_BIT, options)
     plain.decoder, metal.decoder = Decoder(plain.model), Decoder(metal.model, Eager(metal))
     ids = some_tokens(10)
