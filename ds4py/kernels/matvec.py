@@ -2,7 +2,7 @@
 
 The other side is metal/include/matvec.h, which says why. Nothing here depends on the device: the
 figures follow from the 32 KiB of threadgroup memory that every Apple GPU offers, and from the
-number of threadgroups that keeps the largest of them busy.
+number of threadgroups that keeps the fastest memory busy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FEW_GROUPS = 40
 """Threadgroups that a launch is not divided into fewer than: the cores of the largest GPU but those
 that are two of it. Each reads all activations: with 40 to 64 of them those are below 2 % of the
 weights' bytes over a step of V4-Flash, with 128 four times that. 40 have 700 KB on their way from
-memory at any time, more than any of these memories needs to be busy."""
+memory at any time, which 800 GB/s bring in 0.9 us: by computation more than memory's latency."""
 MAX_TILE_ROWS = 80
 """Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
 THREADGROUP_BYTES, POINTS_BYTES, RESULT_BYTES = 32768, 2048, 4096
