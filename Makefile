@@ -22,7 +22,7 @@ run: $(VENV)/run.stamp
 	$(VENV)/bin/ds4 generate "$(PROMPT)" --max-tokens 200
 
 test: $(VENV)/test.stamp
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/check.stamp
 	$(PYTHON) tools/check
