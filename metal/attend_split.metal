@@ -28,8 +28,8 @@
 
 constant constexpr uint TILE_ROWS = 16;
 // Rows per part: few rows are dealt out finely, to have threadgroups at all; of more, a part is as
-// large as makes its q and its result (64 KB each for Flash) less to read and write than its rows;
-// of very many, SPLITS parts are enough.
+// large as makes its q and its result (64 KB each for Flash), which is read again, less than its
+// rows; of very many, SPLITS parts are enough.
 constant constexpr uint FEW_ROWS = 320;
 constant constexpr uint MORE_ROWS = 512;
 

@@ -107,10 +107,7 @@ class Settings:
             streaming=StreamingOptions(**_given(**streaming)),
             draft=self.draft,
             **_given(
-                context=self.context,
-                memory=self.memory,
-                kernels=self.kernels,
-                experts=where,
+                context=self.context, memory=self.memory, kernels=self.kernels, experts=where
             ),
         )
 

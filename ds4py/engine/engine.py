@@ -41,7 +41,7 @@ from ds4py.text.spelling import Spelling
 from ds4py.text.tokenizer import Tokenizer
 from ds4py.weights.files import ModelFiles
 from ds4py.weights.load import Loader
-from ds4py.weights.source import fingerprint
+from ds4py.weights.source import Source, fingerprint
 
 NUMERICS = 1
 """Counts the changes after which the same weights give other rows."""
@@ -115,8 +115,8 @@ class Engine:
         rows = row_formats(ops, self.config, dtype, rounded, native)
         records = source.records()
         wishes = options.streaming
-        if options.draft:
-            memory.need_draft(source)
+        self.has_draft = self._can_draft(source)
+        """Whether there is an MTP layer this engine can run."""
         self.plan: MemoryPlan = memory.plan_memory(
             source,
             Numerics(
@@ -198,10 +198,14 @@ class Engine:
         """Where the routed experts of all layers come from."""
         return self._loader.experts
 
-    @property
-    def has_draft(self) -> bool:
-        """Whether there is an MTP layer this engine can run."""
-        return bool(self.config.mtp_layers) and self._loader.checkpoint.has_draft
+    def _can_draft(self, source: Source) -> bool:
+        found = bool(self.config.mtp_layers) and source.has_draft
+        if self.options.draft and not found:
+            raise OptionsError(
+                f"model {self.name} has no draft layer (MTP) that can be run, which --draft needs; "
+                "leave it out"
+            )
+        return found
 
     @cached_property
     def spelling(self) -> Spelling:

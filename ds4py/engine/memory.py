@@ -174,14 +174,6 @@ def plan_memory(
     return fit(plan, config, records)
 
 
-def need_draft(source: Source) -> None:
-    """Raise OptionsError where a model cannot draft."""
-    if not (source.has_draft and source.config.mtp_layers):
-        raise OptionsError(
-            "this model has no draft layer (MTP) that can be run, which --draft needs; leave it out"
-        )
-
-
 def plan_files(
     files: ModelFiles, context: int | None, memory: str | None
 ) -> tuple[Numerics, MemoryPlan | OptionsError]:

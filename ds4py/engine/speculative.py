@@ -129,8 +129,11 @@ class Speculation:
         to come, `token` among them. Nothing is guessed while routing is traced: it is the tokens'.
         """
         self.end()
-        draft, experts, self._n_made = self._model.draft, self._model.experts, 0
-        if draft is None or n_wanted < 2 or experts.prefers or not self._gate.allows():
+        draft, experts = self._model.draft, self._model.experts
+        if draft is None:
+            return None
+        self._n_made = 0
+        if n_wanted < 2 or experts.prefers or not self._gate.allows():
             return None
         self._n_made = 1
         self.drafted += 1

@@ -45,7 +45,7 @@ def attend(ops: Ops, q: Array, blocks: list[Block], sink: Array) -> Array:
 
 
 FEW_ROWS, MORE_ROWS = 320, 512
-"""Up to so many rows of a query are split into parts of 32 and 64; more into twice that."""
+"""Up to so many rows of a query are split into parts of 32 and of 64; more into parts of 128."""
 MOST_PARTS = 32
 """A query's rows are split into at most this many parts, one per lane of the second pass."""
 DECODE_ROWS = 8

@@ -20,8 +20,8 @@ UNIT = 256
 FEW_GROUPS = 40
 """Threadgroups that a launch is not divided into fewer than: the cores of the largest GPU but those
 that are two of it. Each reads all activations: with 40 to 64 of them those are below 2 % of the
-weights' bytes over a step of V4-Flash, with 128 four times that. 40 have 700 KB on their way from
-memory at any time, which 800 GB/s bring in 0.9 us: by computation more than memory's latency."""
+weights' bytes over a step of V4-Flash (tests/metal/test_step.py). 40 have 700 KB on their way from
+memory at any time, what 800 GB/s bring in 0.9 us."""
 MAX_TILE_ROWS = 80
 """Weight rows of a simdgroup: beyond, activations are staged rarely enough."""
 THREADGROUP_BYTES, POINTS_BYTES, RESULT_BYTES = 32768, 2048, 4096
@@ -78,18 +78,18 @@ def tiling(
     floats: int,
     rows: int | None = None,
     points: bool = True,
-    even: bool = False,
+    power: bool = False,
 ) -> Tiling:
     """For `n_rows` weight rows over all matrices, `floats` kept for each row of a tile.
 
     Eight or six simdgroups where their weights fit beside one or two whole rows of activations,
     else four. A simdgroup gets up to 80 weight rows, so that activations are staged rarely, but
     never so many that few threadgroups are left. rows: so many instead. points: whether a format
-    may be IQ2_XXS. even: a power of two of rows.
+    may be IQ2_XXS. power: rows are a power of two.
     """
     for simdgroups in (8, 6, 4):
         each = rows or _rows(n_x, n_rows, floats, simdgroups)
-        each = power_of_two(each) if even else each
+        each = power_of_two(each) if power else each
         kept = stage_bytes(n_x) * simdgroups + 4 * floats * simdgroups * each + 256
         room = THREADGROUP_BYTES - kept - (POINTS_BYTES if points else 0)
         if simdgroups == 4 or (n_x <= 2 and n_x * n_in * dtype.size <= room):

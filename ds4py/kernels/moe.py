@@ -127,7 +127,7 @@ def gate_up(
     longer = shared[0].rows.shape[1] // row_bytes(experts.formats[0], n_in)
     times = matvec.power_of_two(round(longer**0.5))
     n_rows = (min(s * k, 7) + times) * n_inner
-    plan = matvec.tiling(s, n_in, x.dtype, n_rows, floats=2 * s, even=True)
+    plan = matvec.tiling(s, n_in, x.dtype, n_rows, floats=2 * s, power=True)
     shared_rows = max(plan.rows // times, matvec.least_rows(s))
     shared_tiles = -(-n_inner // (shared_rows * plan.simdgroups))
     template = [

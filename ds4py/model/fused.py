@@ -9,13 +9,12 @@ Shape letters as in `transformer`: S new tokens, H streams, D hidden, E experts,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
-from ds4py.cache.state import LayerDelta
+from ds4py.cache.state import LayerDelta, Stack
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.ops import Array, LinearMaps, Ops
 
@@ -129,15 +128,7 @@ class Fused(Protocol):
         """Float32 logits [S, V]."""
         ...
 
-    def stack(
-        self,
-        layers: Sequence[Array],
-        n_taken: int,
-        n_kept: int,
-        old: Array | None = None,
-        n_read: int | None = None,
-    ) -> Array:
-        """What a commit keeps: of each layer the last `n_kept` of the old rows [layers, n, width]
-        and the first `n_taken` of the new ones, [S, width] each. n_read: of them only that many,
-        the last, will be read."""
+    @property
+    def stack(self) -> Stack | None:
+        """How a commit stacks layers; None: by plain operations."""
         ...

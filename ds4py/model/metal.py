@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ds4py.cache.rows import attention_layout, index_layout
-from ds4py.cache.state import LayerDelta
+from ds4py.cache.state import LayerDelta, Stack
 from ds4py.config import LayerPlan
 from ds4py.kernels import attend, compress, dense, heads, hyper, index, matvec, moe, route, state
 from ds4py.kernels.attend import StoredRows
@@ -409,7 +409,11 @@ class Metal(Reference):
         (logits,) = self._replay(("head", id(reader), given[1] is None), given[0], given, run)
         return logits
 
-    def stack(
+    @property
+    def stack(self) -> Stack:
+        return self._stack
+
+    def _stack(
         self,
         layers: Sequence[Array],
         n_taken: int,

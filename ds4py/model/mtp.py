@@ -4,8 +4,8 @@ Position p combines the main model's streams X_p (before the head) with token p+
 token p+2. The layer shares embedding and output head with the main model and has a window of its
 own, which lies behind the main layers' in the same state, one position behind them: what a session
 keeps, drops or goes back to, it does with both at once. A window row depends on its pair (X_p,
-token p+1) alone, so the main model's step makes the rows, without attention and experts, of
-V4-Flash by 40 MB of weights to the 9.6 GB that a token reads; only a draft needs the rest.
+token p+1) alone, so the main model's step makes the rows, without attention and experts; only a
+draft needs the rest.
 """
 
 from __future__ import annotations

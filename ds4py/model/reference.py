@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ds4py.cache.state import LayerDelta, Series
+from ds4py.cache.state import LayerDelta, Series, Stack
 from ds4py.config import ModelConfig
-from ds4py.kernels import attend, compress, hyper, index, moe, rounding, route, state
+from ds4py.kernels import attend, compress, hyper, index, moe, rounding, route
 from ds4py.kernels.hyper import HyperWeights
 from ds4py.kernels.norm import rms_norm
 from ds4py.kernels.ops import Array, Dtype, LinearMaps, Ops
@@ -309,15 +309,9 @@ class Reference:
         x = rms_norm(self.ops, x, norm, reader.norm_eps)
         return self.ops.to_mlx(self.ops.project(x, weight)[0])
 
-    def stack(
-        self,
-        layers: Sequence[Array],
-        n_taken: int,
-        n_kept: int,
-        old: Array | None = None,
-        n_read: int | None = None,
-    ) -> Array:
-        return state.stack_ref(self.ops, layers, n_taken, n_kept, old, n_read)
+    @property
+    def stack(self) -> Stack | None:
+        return None
 
 
 def _joined(ops: Ops, parts: Sequence[Array], axis: int = 0) -> Array:

@@ -66,7 +66,7 @@ def test_json_has_every_key(ds4: Any) -> None:
     }  # fmt: skip
     assert all(value > 0 for value in answer["timing"].values())
     assert answer["text"].strip() == ds4("generate", PROMPT, *GREEDY, "8").stdout.strip()
-    assert re.search(r"^ds4: load .* tok/s", done.stderr, re.MULTILINE)
+    assert "tok/s" in done.stderr.splitlines()[-1]
 
 
 def test_reasoning_is_not_part_of_the_answer(ds4: Any) -> None:

@@ -145,7 +145,7 @@ def fill(scheduler: Scheduler, prompts: Iterator[list[int]], side: bool = False)
 
 def test_the_budget_holds_and_the_least_valuable_goes_first(engine: Engine, ids: list[int]) -> None:
     clock, prompts = Clock(), ([n, *ids[:99]] for n in range(96))
-    scheduler = Scheduler(engine, 6_000_000, clock=clock)
+    scheduler = Scheduler(engine, 5_000_000, clock=clock)
     taken = fill(scheduler, prompts)
     assert len(taken) >= 3
     with pytest.raises(CapacityError, match=f"{len(taken)} sessions in use") as full:
@@ -173,7 +173,7 @@ def test_the_budget_holds_and_the_least_valuable_goes_first(engine: Engine, ids:
 
 def test_side_requests_do_not_push_out_the_conversation(engine: Engine, ids: list[int]) -> None:
     prompts = ([n, *ids[:99]] for n in range(96))
-    scheduler = Scheduler(engine, 6_000_000)
+    scheduler = Scheduler(engine, 5_000_000)
     main = scheduler.acquire(ids[:100], "main")
     main.sync(ids[:100])
     scheduler.release(main)

@@ -50,7 +50,7 @@ def counted(position: int) -> tuple[Counter[str], dict[str, int]]:
 @pytest.mark.parametrize("position", [1000, 100_000, 100_095])
 def test_a_token_reads_little_besides_weights_and_rows(position: int) -> None:
     """Every threadgroup of a product reads the product's input, and attention reads a row for each
-    16 of the 64 heads. Before a window of 128 tokens closes a commit has the most to keep."""
+    16 of the 64 heads. The last position ends a window of 128 tokens, all of which is then read."""
     more, must = counted(position)
     weights = sum(n for name, n in must.items() if name not in PLAIN)
     inputs = sum(more[name] for name in WEIGHTS)
